@@ -1,0 +1,1 @@
+"""Recipes: named, versioned, pure chains of ops, and the digest that tells one from another."""

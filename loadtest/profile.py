@@ -1,0 +1,109 @@
+"""Where the daemon's time goes: flame graphs by py-spy while it serves hits, or makes tensors of what the bucket has.
+
+    python -m loadtest.profile hit|miss [--seconds S]
+
+``hit``: leases and instances as fast as eight users ask, a graph for each. ``miss``: series of 100 slices that nobody
+has, one a second, with the workers. The graphs go to loadtest/results/profile-*.svg; the last line on stdout is JSON:
+the functions in which most time was spent themselves.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from .figures import say
+from .generator import Closed, Load, Open, Request, run
+from .stand import MIB, Daemon, daemon, folder, gateway, instances, lease, make_series
+
+RESULTS: Final = Path(__file__).resolve().parent / "results"
+
+
+def recorded(ours: Daemon, name: str, seconds: float, load: Callable[[], Any]) -> dict[str, Any]:
+    """py-spy on the daemon while ``load`` goes on: a flame graph, and the functions that took most.
+
+    Raises: RuntimeError: py-spy may not look at processes here.
+    """
+    raw, graph = ours.place / f"{name}.raw", RESULTS / f"profile-{name}.svg"
+    told = {}
+    for form, out in (("raw", raw), ("flamegraph", graph)):
+        command = [str(Path(sys.executable).parent / "py-spy"), "record", "--pid", str(ours.pid), "--subprocesses"]
+        command += [
+            "--duration",
+            str(int(seconds)),
+            "--rate",
+            "200",
+            "--format",
+            form,
+            "--output",
+            str(out),
+            "--nonblocking",
+        ]
+        spy = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        try:
+            told = load()
+            _, said = spy.communicate(timeout=seconds + 60)
+        finally:
+            spy.kill()
+            spy.wait()
+        if spy.returncode or not out.exists():
+            raise RuntimeError(f"py-spy: {said.decode(errors='replace')[-400:]}")
+    own: Counter[str] = Counter()
+    for line in raw.read_text().splitlines():
+        stack, _, count = line.rpartition(" ")
+        own[stack.rsplit(";", 1)[-1]] += int(count)
+    total = own.total() or 1
+    track = next(iter(told.values()))
+    say(f"  {name}: {track.rate:.0f} a second; {graph}")
+    return {
+        "graph": str(graph),
+        "a_second": track.rate,
+        "latency_ms": track.latency_ms,
+        "self": {function: round(count / total, 3) for function, count in own.most_common(12)},
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="profile", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("what", choices=("hit", "miss"))
+    parser.add_argument("--seconds", type=float, default=15.0, help="of each graph (default: 15)")
+    options = parser.parse_args()
+    seconds = options.seconds
+    RESULTS.mkdir(exist_ok=True)
+    told: dict[str, Any] = {}
+    with folder("profile") as place, gateway(place) as bucket:
+        count = 1 if options.what == "hit" else max(4, int(seconds))
+        say(f"storing {count} series of 100 slices")
+        made = [make_series(place / "series", 0, slices=100, seed=seed) for seed in range(count)]
+        for series in made:
+            bucket.put(series.files)
+        total = sum(series.nbytes for series in made)
+        extra = '[store]\nrevalidate = "events"'
+        with daemon(place / "ours", bucket, ram=3 * total + 256 * MIB, nvme=3 * total + 256 * MIB, extra=extra) as ours:
+            if options.what == "hit":
+                ways: dict[str, list[Request]] = {
+                    "hit-lease": [lease(ours.url, made[0].ref, "leases")],
+                    "hit-instance": instances(ours.url, made[0], "instances"),
+                }
+                for name, requests in ways.items():
+                    run(Load(requests, Closed(1, 1.0)), 1)
+                    load = Load(requests, Closed(8, seconds))
+                    told[name] = recorded(ours, name, seconds, lambda load=load: run(load, 1))  # type: ignore[misc]
+            else:
+                requests = [lease(ours.url, series.ref, "misses") for series in made]
+
+                def missing() -> Any:
+                    ours.forget([series.ref for series in made])
+                    return run(Load(requests, Open([(float(number), number) for number in range(len(requests))])), 1)
+
+                told["miss"] = recorded(ours, "miss", seconds, missing)
+    print(json.dumps({"benchmark": f"profile-{options.what}", **told, "bars": []}), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The scenarios, each a program of its own: ``python -m loadtest.scenarios.NAME [--short] [--out FILE]``."""
