@@ -99,6 +99,10 @@ class Stopwatch:
             self.names.append(name)
             self.times.append(now)
 
+    def end(self, observer: Observer) -> None:
+        """The request is over. What goes on in its name, as a fill does that others may want, ``observer`` is told."""
+        self._observer = observer
+
     def beside(self) -> "Stopwatch":
         """Another one, for something that is done for the same request at the same time as other things."""
         watch = Stopwatch()

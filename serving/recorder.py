@@ -39,6 +39,7 @@ class Recorder:
             return
         watch.lap("response")
         self._metrics.request(route, tier, status, watch)
+        watch.end(self._metrics)
         if self._tracing.spans:
             self._tracing.end(watch, route, tier, status)
         self._kept(route, tier, status, watch, code)

@@ -284,7 +284,6 @@ def _segments(head: memoryview, at: int) -> Iterator[tuple[int, int, int]]:
         at += 2 + nbytes
 
 
-@lru_cache(maxsize=256)  # a series has one format, or a few
 def told_syntax(uid: str) -> str:
     """The transfer syntax for a message: whatever else than a UID stands in its place is not repeated."""
     with contextlib.suppress(MalformedUid):
@@ -296,6 +295,7 @@ def _told_colours(photometric: str) -> str:
     return photometric if photometric in _PHOTOMETRIC else "what PS3.3 does not define"
 
 
+@lru_cache(maxsize=256)  # a series has one format, or a few
 def _check(fmt: FrameFormat) -> None:
     """Refuse what no decoder can be trusted with."""
     bits = fmt.dtype.itemsize * 8

@@ -7,7 +7,7 @@ be done from a budget, so that a bucket which is slow for everybody is not asked
 """
 
 import asyncio
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
 
@@ -17,7 +17,7 @@ from cache.interfaces import Observer
 #: themselves, once they are more than the rest of it.)
 _SHARE: Final = 0.9
 _TIMES: Final = 2.0
-#: Answers that are looked back on, and how many of them there must be.
+#: Answers that are looked back on; after how many it is looked, which is how many there must be.
 _LAST: Final = 256
 _ENOUGH: Final = 20
 #: Seconds: what counts as late before enough is known, and what never does.
@@ -37,6 +37,7 @@ class Patience:
         self._budget = budget
         self._saved = _SAVED if budget else 0.0
         self._took: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_LAST))
+        self._answered: Counter[str] = Counter()
         self._delays: dict[str, float] = {}
 
     def delay_s(self, kind: str) -> float:
@@ -51,7 +52,8 @@ class Patience:
         """So long a request has taken until it was answered, by itself or by its hedge."""
         took = self._took[kind]
         took.append(seconds)
-        if len(took) >= _ENOUGH:
+        self._answered[kind] += 1
+        if self._answered[kind] % _ENOUGH == 0:
             late = sorted(took)[int(_SHARE * len(took))]
             self._delays[kind] = max(_TIMES * late, _LEAST_S)
 
@@ -96,7 +98,8 @@ class Hedge:
             self._patience.answered(kind, loop.time() - start)
             return answer
         finally:
-            await _end(requests, drop)
+            if requests:
+                await _end(requests, drop)
 
     async def _one_of(self, kind: str, requests: "list[asyncio.Future[_Result]]") -> _Result:
         """The answer of whichever is first, taken out of ``requests``; of two that fail, the first's failure."""

@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from cache.attributes import Attributes, Described
@@ -461,17 +461,11 @@ class Store:
             self._warm_ups.used(key)
             return Hit(pin, watch, "ram")
 
-        def take(landed: Landed) -> Outcome:
-            return _taken(landed, watch)
-
         flights = self._fills
         if wanted.model is not None:
             flights = self._encodings
             self._fills.urge(wanted.tensor.key, priority)
-        with watch.stage("join") if key in flights else contextlib.nullcontext():
-            outcome, leads = await flights.join(key, lambda: self._fill(wanted, watch), priority, take)
-        if leads:
-            watch.lap("admit")
+        outcome = await self._share(flights, key, lambda: self._fill(wanted, watch), watch, priority)
         if priority > Priority.DEMAND:
             self._warm_ups.made(key)
         elif isinstance(outcome, Bypassed) and outcome.reason == WARMED_ON_NVME:
@@ -491,34 +485,51 @@ class Store:
         if pin is not None:
             return Hit(pin, watch, "ram")
 
+        async def fill() -> Landed:
+            await self._behind.landed(key, self._instances.layout(manifest).nbytes)  # sooner there than fetched again
+            return await self._loaded(key, watch) or await self._filling.gather(key, manifest, watch)
+
+        return await self._share(self._fills, key, fill, watch, Priority.DEMAND)
+
+    async def _share(
+        self,
+        flights: Flights[Key, Landed],
+        key: Key,
+        fill: Callable[[], Awaitable[Landed]],
+        watch: Stopwatch,
+        priority: int,
+    ) -> Outcome:
+        """A share in what the key's flight brings. ``fill``: how, if none is under way."""
+
+        async def run() -> Landed:
+            watch.lap("queue")
+            with self._behind.let_first():
+                return await fill()
+
         def take(landed: Landed) -> Outcome:
             return _taken(landed, watch)
 
-        async def fill() -> Landed:
-            watch.lap("queue")
-            await self._behind.landed(key, self._instances.layout(manifest).nbytes)  # sooner there than fetched again
-            if self._nvme.lookup(key) is not None:
-                with contextlib.suppress(CorruptEntry, KeyError, DiskFailing):
-                    return await self._filling.load(key, watch)
-            return await self._filling.gather(key, manifest, watch)
-
-        with watch.stage("join") if key in self._fills else contextlib.nullcontext():
-            outcome, leads = await self._fills.join(key, fill, Priority.DEMAND, take)
+        with watch.stage("join") if key in flights else contextlib.nullcontext():
+            outcome, leads = await flights.join(key, run, priority, take)
         if leads:
             watch.lap("admit")
         return outcome
 
     async def _fill(self, wanted: Wanted, watch: Stopwatch) -> Landed:
-        watch.lap("queue")
         key = wanted.key
-        with self._behind.let_first():
-            if self._nvme.lookup(key) is not None:
-                # quarantined, or on a disk that is late: make it again
-                with contextlib.suppress(CorruptEntry, KeyError, DiskFailing):
-                    return await self._filling.load(key, watch)
-            if wanted.model is not None:
-                return await self._encode(wanted, wanted.model, watch)
-            return await self._filling.make(key, wanted.manifest, wanted.known.tensor, watch)
+        if (loaded := await self._loaded(key, watch)) is not None:
+            return loaded
+        if wanted.model is not None:
+            return await self._encode(wanted, wanted.model, watch)
+        return await self._filling.make(key, wanted.manifest, wanted.known.tensor, watch)
+
+    async def _loaded(self, key: Key, watch: Stopwatch) -> Landed | None:
+        """From NVMe; None if it is not there, was quarantined, or lies on a disk that is late: it is made then."""
+        if self._nvme.lookup(key) is None:
+            return None
+        with contextlib.suppress(CorruptEntry, KeyError, DiskFailing):
+            return await self._filling.load(key, watch)
+        return None
 
     async def _encode(self, wanted: Wanted, model: ModelIdentity, watch: Stopwatch) -> Landed:
         """What the model makes of its recipe's tensor, which is got as if it were asked for."""

@@ -91,6 +91,7 @@ def test_the_second_lease_comes_over_the_socket(daemon: Daemon, bucket: Bucket) 
             client.tensor("1.2.3", "1.2.3.4", "volume")
         assert (caught.value.code, caught.value.status) == ("unknown-study", 404)
         assert (leases_by(daemon, "http"), leases_by(daemon, "handoff")) == (1, 2)
+        daemon.until_written(ref)  # until then the write holds a pin, too
         assert pins(daemon, ref.study) == 3
         for tensor in tensors:
             tensor.close()
