@@ -14,7 +14,6 @@ import asyncio
 import contextlib
 import json
 import random
-import re
 import sys
 import tempfile
 import time
@@ -35,7 +34,7 @@ from serving.demo.tritonserver import MODELS, TritonServer
 from voxcache_client import Client
 
 from . import servers
-from .figures import say
+from .figures import metric, say
 
 RESULTS: Final = Path(__file__).resolve().parent / "results" / "chaos_triton.json"
 STUDIES: Final = 6
@@ -150,7 +149,7 @@ async def settled(url: str) -> dict[str, float]:
         for _ in range(100):
             async with session.get(f"{url}/metrics") as answer:
                 text = await answer.text()
-            held = {name: float(re.findall(rf"^{name} (.*)$", text, re.MULTILINE)[0]) for name in HELD}
+            held = {name: metric(text, name) for name in HELD}
             if not any(held.values()):
                 break
             await asyncio.sleep(0.1)
