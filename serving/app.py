@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import fcntl
 import gc
-import os
 import secrets
 import signal
 import socket
@@ -34,6 +33,7 @@ from cache.restore import Restores
 from cache.store import Store
 from cache.workers.pool import Workers, WorkerSettings
 
+from . import durable
 from .admission import Admission
 from .api import kserve, openapi
 from .api.answering import answering
@@ -90,7 +90,7 @@ async def running(
     At SIGHUP the settings are ``reread``, and the tiers divided as they then say.
     """
     clock = SystemClock()
-    metrics = Metrics()
+    metrics = Metrics(clock)
     state = Path(settings.state.path)
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(_locked(state))
@@ -164,7 +164,14 @@ async def running(
         held = Held(store, ram, nvme, leases)
         stats = StatsRoutes(
             Stats(
-                watched, held, filler, queue, workers, checks=checks, shared_queue=bool(settings.redis.url), clock=clock
+                watched,
+                held,
+                filler,
+                queue,
+                workers,
+                triton=triton.checks,
+                shared_queue=bool(settings.redis.url),
+                clock=clock,
             )
         )
         native = Native(
@@ -406,12 +413,20 @@ def _told(tier: RamTier | NvmeTier) -> dict[str, list[int]]:
 
 @contextlib.contextmanager
 def _meanwhile(*works: Coroutine[object, object, None]) -> Iterator[None]:
+    """What goes on for as long as the context lasts. One that fails before is missed from then on, so the log tells."""
     tasks = [asyncio.create_task(work) for work in works]
+    for task in tasks:
+        task.add_done_callback(_tell_broken)
     try:
         yield
     finally:
         for task in tasks:
             task.cancel()
+
+
+def _tell_broken(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger().error("background work broke", exc_info=error)
 
 
 async def _expire(leases: Leases) -> None:
@@ -551,12 +566,7 @@ def _patient_key(state: Path) -> bytes:
     path = state / "patient.key"
     try:
         if not path.exists():
-            made = path.with_suffix(".new")
-            with os.fdopen(os.open(made, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-                file.write(secrets.token_bytes(_KEY_BYTES))
-                file.flush()
-                os.fsync(file.fileno())
-            made.replace(path)
+            durable.write(path, secrets.token_bytes(_KEY_BYTES), 0o600)
         key = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{path} cannot be used: {error.strerror}") from error

@@ -41,11 +41,12 @@ from .audit import AuditSettings
 from .filler import WarmSettings
 from .grpc.door import GrpcSettings
 from .log import LogSettings
-from .observe import ObserveSettings, PriceSettings
 from .plan import PlanSettings, checked
+from .price import PriceSettings
 from .retention import RetentionSettings
 from .tracing import TracingSettings
 from .triton import TritonSettings
+from .watched import ObserveSettings
 
 PREFIX: Final = "VOXCACHE_"
 

@@ -61,9 +61,10 @@ class Connections:
 
         Raises: TritonDown: it is not reachable.
         """
+        # encoded before a connection is taken: what cannot be would leave that neither idle nor in use
+        head = f"{self._start}{path}{self._rest}{headers}Content-Length: {len(body)}\r\n\r\n".encode("latin-1")
         connection = self.idle.pop() if self.idle else await self._connected()
-        head = f"{self._start}{path}{self._rest}{headers}Content-Length: {len(body)}\r\n\r\n"
-        connection.send(head.encode("latin-1") + body)
+        connection.send(head + body)
         return connection
 
     async def _connected(self) -> "Connection":

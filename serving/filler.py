@@ -168,28 +168,28 @@ class Filler:
         ``done`` hears of each: the bytes of its series, None if a tier held it already, or what Store.get raised.
         """
         for fill in fills:
-            try:
-                outcome: int | Exception | None = await self._made(fill, who)
-            except Exception as error:
-                outcome = error
-                self.audit.note(WARM, who, fill.want, code_of(error))
-            done(fill, outcome)
+            with working(Urgency(fill.priority)):
+                async with self._slots.slot():
+                    began, demands = time.perf_counter(), self._store.demands
+                    done(fill, await self._made(fill, who))
+                    if fill.priority > Priority.DEMAND and self._store.demands > demands:
+                        # as long as it took: requests share the event loop, and the cores, with half as many warm-ups
+                        await asyncio.sleep(min(time.perf_counter() - began, _REST_S))
 
-    async def _made(self, fill: Fill, who: Agent) -> int | None:
-        with working(Urgency(fill.priority)):
-            async with self._slots.slot():
-                if self._store.held(fill.want):
-                    return None
-                began, demands = time.perf_counter(), self._store.demands
-                nbytes = await self._store.source_bytes(fill.want.ref, fill.priority)
-                async with self._fetching.of(nbytes):
-                    outcome = await self._store.get(fill.want, fill.priority)
-                    self.audit.note(WARM, who, outcome.entry)
-                    outcome.release()
-                if fill.priority > Priority.DEMAND and self._store.demands > demands:
-                    # as long as it took: requests share the event loop, and the cores, with half as many warm-ups
-                    await asyncio.sleep(min(time.perf_counter() - began, _REST_S))
-                return nbytes
+    async def _made(self, fill: Fill, who: Agent) -> int | Exception | None:
+        """What came of it, as ``done`` hears it."""
+        try:
+            if self._store.held(fill.want):
+                return None
+            nbytes = await self._store.source_bytes(fill.want.ref, fill.priority)
+            async with self._fetching.of(nbytes):
+                outcome = await self._store.get(fill.want, fill.priority)
+                self.audit.note(WARM, who, outcome.entry)
+                outcome.release()
+        except Exception as error:
+            self.audit.note(WARM, who, fill.want, code_of(error))
+            return error
+        return nbytes
 
     # ------------------------------------------------------------------ jobs
 

@@ -80,17 +80,17 @@ class Front:
         """
         try:
             binding = await self.binder.bind(metadata, asked.references)
+            try:
+                with current().stage("turn"):
+                    leave = await self.admission.enter(priority, deadline_s)
+            except BaseException:
+                binding.release()
+                raise
         except VoxcacheError as error:
             self._note(INFER, who, metadata.name, asked, error.code)
             raise
         for entry in binding.entries:
             self.audit.note(INFER, who, entry, details=(("model", metadata.name),))
-        try:
-            with current().stage("turn"):
-                leave = await self.admission.enter(priority, deadline_s)
-        except BaseException:
-            binding.release()
-            raise
 
         def release() -> None:
             leave()

@@ -181,27 +181,34 @@ class _Connection(asyncio.Protocol):
     # -- requests
 
     def _answer(self, line: bytes) -> None:
+        began = time.perf_counter()
         try:
             request = _requests.decode(line)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            self._fail(_number(line), BadRequest(f"the line is no request: {error}"), self._recorder.begin())
+            self._fail(_number(line), BadRequest(f"the line is no request: {error}"), self._begun(began))
             return
         if isinstance(request, Release):
             self._release(request)
             return
         try:
             if isinstance(request, Renew):
-                watch = self._recorder.begin()
+                watch = self._begun(began)
                 self._say(Granted(request.id, self._lessor.renew(request.lease, request.ttl_s)), "ram", 200, watch)
             else:
-                self._lease(request)
+                self._lease(request, began)
         except Exception as error:
-            self._fail(request.id, error, self._recorder.begin())
+            self._fail(request.id, error, self._begun(began))
 
-    def _lease(self, request: Lease) -> None:
+    def _begun(self, moment: float) -> Stopwatch:
+        """The stopwatch of a request that was read at ``moment``: what is answered at once does without one."""
+        watch = self._recorder.begin()
+        watch.times[0] = moment
+        return watch
+
+    def _lease(self, request: Lease, began: float) -> None:
         if self._handoff.draining:
             raise Overloaded("the daemon is about to stop")
-        times = [time.perf_counter()]
+        times = [began]
         answer = self._lessor.grant_at_once(request, self._held, self._who, times)
         if answer is not None:
             # the event loop sends once it has called us: whoever waits for the reply need not wait for the counting too
@@ -210,7 +217,7 @@ class _Connection(asyncio.Protocol):
             return
         if len(self.waiting) >= MOST_WAITING:
             raise Overloaded(f"{MOST_WAITING} requests of this connection wait already")
-        task = asyncio.create_task(self._wait(request, self._recorder.begin()))
+        task = asyncio.create_task(self._wait(request, self._begun(began)))
         self.waiting.add(task)
         task.add_done_callback(self.waiting.discard)
 

@@ -15,7 +15,7 @@ from cache.workers.pool import Workers
 from .arrivals.queue import ArrivalQueue, Depth
 from .front import Front
 from .metrics import Metrics, Reading
-from .observe import PriceSettings, storage_cost
+from .price import PriceSettings, storage_cost
 
 #: Seconds between two counts of the studies that are in use, and entries that are looked at in one turn of the loop.
 _COUNT_EVERY_S = 60.0
@@ -90,10 +90,7 @@ def read_arrivals(metrics: Metrics, queue: ArrivalQueue, clock: Clock) -> Callab
         return [((state,), float(count)) for state, count in counts.items()]
 
     metrics.read("arrivals", states)
-    metrics.read(
-        "arrival_oldest_seconds",
-        lambda: [((), clock.now() - depth.oldest if depth is not None and depth.oldest is not None else 0.0)],
-    )
+    metrics.read("arrival_oldest_seconds", lambda: [((), depth.waits(clock.now()) if depth is not None else 0.0)])
     return look
 
 

@@ -27,6 +27,12 @@ class Recorder:
         """A request begins now. ``told``: what its client says with it, by lower-case name; traces are looked for."""
         return self._tracing.begin(told)
 
+    def part(self, watch: Stopwatch) -> Stopwatch:
+        """One of the many requests that an endless one is made of begins now: its stages are counted as they end."""
+        part = watch.beside()
+        part.end(self._metrics)
+        return part
+
     def answered(
         self, route: str, tier: str, status: int, watch: Stopwatch, code: str = "", *, endless: bool = False
     ) -> None:
@@ -34,14 +40,14 @@ class Recorder:
 
         ``endless``: it lasted as long as its client wanted, so its seconds mean nothing.
         """
+        watch.lap("response")
+        if self._tracing.spans:
+            self._tracing.end(watch, route, tier, status)
         if endless:
             self._metrics.untimed(route, status)
             return
-        watch.lap("response")
         self._metrics.request(route, tier, status, watch)
         watch.end(self._metrics)
-        if self._tracing.spans:
-            self._tracing.end(watch, route, tier, status)
         self._kept(route, tier, status, watch, code)
 
     def _kept(self, route: str, tier: str, status: int, watch: Stopwatch, code: str) -> None:
@@ -89,6 +95,9 @@ class Idle(Recorder):
 
     def begin(self, told: Mapping[str, str] = _NOTHING) -> Stopwatch:
         return self._watch
+
+    def part(self, watch: Stopwatch) -> Stopwatch:
+        return watch
 
     def answered(
         self, route: str, tier: str, status: int, watch: Stopwatch, code: str = "", *, endless: bool = False

@@ -1,7 +1,6 @@
 """What is kept however full it gets, and what goes before its room is needed: pins and rules, decided without I/O."""
 
 import asyncio
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Final
@@ -14,6 +13,7 @@ from cache.interfaces import Clock, Observer
 from cache.keys import Key, SeriesRef
 from cache.store import Store
 
+from . import durable
 from .audit import DAEMON, SILENT, Agent, Auditor
 from .audit.record import DROP, PIN, UNPIN
 from .log import log_failure, logger
@@ -283,7 +283,7 @@ class Retention:
         async with self._changing:
             after = change(self._pins)
             if after != self._pins:
-                await asyncio.to_thread(_write, self._path, after)
+                await asyncio.to_thread(durable.write, self._path, msgspec.json.encode(_File(1, after)))
             self._pins = after
             self._beyond = self._over(after)
 
@@ -308,17 +308,3 @@ def _read(path: Path) -> tuple[Pin, ...]:
     except (OSError, UnicodeDecodeError, msgspec.MsgspecError) as error:
         # to go on without them would let go what somebody has to keep
         raise ConfigError(f"the pins in {path} cannot be read: {error}; restore the file, or remove it") from error
-
-
-def _write(path: Path, pins: tuple[Pin, ...]) -> None:
-    made = path.with_suffix(".new")
-    with made.open("wb") as file:
-        file.write(msgspec.json.encode(_File(1, pins)))
-        file.flush()
-        os.fsync(file.fileno())
-    made.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

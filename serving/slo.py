@@ -1,11 +1,13 @@
 """Service level objectives: how much of what may be slow was, and how fast that is being used up."""
 
+from collections.abc import Iterable
 from typing import Annotated, Final, Literal
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from .metrics import Metrics
 from .metrics.rolling import WINDOWS, Window
 
 _LOOKED_AT: Final = ("5m", "1h")
@@ -56,3 +58,14 @@ class Tracked:
 
     def _burn(self, requests: int, slow: int) -> float:
         return slow / requests / (1 - self.slo.target) if requests else 0.0
+
+
+def track(slos: Iterable[Slo], metrics: Metrics) -> list[Tracked]:
+    """Follow the objectives from now on, in metrics too."""
+    tracked = [Tracked(slo) for slo in slos]
+    for each in tracked:
+        metrics.hear(each.slo.tier, each.add)
+    metrics.read("slo_requests", lambda: [((each.slo.name,), float(each.requests)) for each in tracked])
+    metrics.read("slo_slow_requests", lambda: [((each.slo.name,), float(each.slow)) for each in tracked])
+    metrics.read("slo_target", lambda: [((each.slo.name,), each.slo.target) for each in tracked])
+    return tracked

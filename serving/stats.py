@@ -1,6 +1,7 @@
 """How the daemon is doing, in one answer: for the status page, for `voxcache`, and for whoever has no Prometheus."""
 
 import asyncio
+import contextlib
 import math
 import platform
 from collections import OrderedDict
@@ -20,7 +21,7 @@ from cache.store import Store
 from cache.workers.pool import Workers
 
 from . import condition
-from .arrivals.queue import ArrivalQueue
+from .arrivals.queue import ArrivalQueue, Depth
 from .condition import HealthAnswer
 from .filler import Filler
 from .metrics.rolling import Counts, quantiles
@@ -186,7 +187,10 @@ class Held(NamedTuple):
 
 
 class Stats:
-    """Puts the answer together; what it takes time to find out is not asked more often than every few seconds."""
+    """Puts the answer together; what it takes time to find out is not asked more often than every few seconds.
+
+    ``triton`` tells what of the inference servers is there.
+    """
 
     def __init__(
         self,
@@ -196,7 +200,7 @@ class Stats:
         queue: ArrivalQueue,
         workers: Workers,
         *,
-        checks: Callable[[], Awaitable[Mapping[str, bool]]],
+        triton: Callable[[], Awaitable[Mapping[str, bool]]],
         shared_queue: bool,
         clock: Clock,
     ) -> None:
@@ -208,7 +212,7 @@ class Stats:
         self._filler = filler
         self._queue = queue
         self._workers = workers
-        self._checks = checks
+        self._triton = triton
         self._shared_queue = shared_queue
         self._clock = clock
         self._started = clock.monotonic()
@@ -307,28 +311,24 @@ class Stats:
     # ------------------------------------------------------------------ what has to be asked for
 
     async def _look(self) -> None:
-        reachable = True
-        try:
-            async with asyncio.timeout(_LOOK_S):
-                depth = await self._queue.depth()
-        except (QueueDown, TimeoutError):
-            reachable = False
-        else:
-            waits = self._clock.now() - depth.oldest if depth.oldest is not None else 0.0
-            self._arrivals = ArrivalsAnswer(depth.new, depth.assigned, depth.done, depth.dead, max(waits, 0.0))
-        try:
-            async with asyncio.timeout(_LOOK_S):
-                checks = await self._checks()
-        except TimeoutError:
-            checks = {"triton": False, "triton.arena": False}
+        depth, checks = await asyncio.gather(self._depth(), self._triton())
+        if depth is not None:
+            waits = depth.waits(self._clock.now())
+            self._arrivals = ArrivalsAnswer(depth.new, depth.assigned, depth.done, depth.dead, waits)
         found = (
             condition.origin(*self._metrics.origin_lately()),
             condition.triton(checks),
-            condition.redis(reachable) if self._shared_queue else None,
+            condition.redis(depth is not None) if self._shared_queue else None,
             condition.disk(self._nvme.health),
             condition.workers(self._workers.alive, self._workers.busy, self._workers.seats),
         )
         self._health = [each for each in found if each is not None]
+
+    async def _depth(self) -> Depth | None:
+        with contextlib.suppress(QueueDown, TimeoutError):
+            async with asyncio.timeout(_LOOK_S):
+                return await self._queue.depth()
+        return None
 
 
 def _window(counts: Counts) -> WindowAnswer:

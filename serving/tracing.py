@@ -96,7 +96,9 @@ class Tracing:
 
 
 def _told(told: Mapping[str, str]) -> dict[str, str]:
-    return {name: told[name] for name in NAMES if name in told}
+    """What is told on, but for what no header may hold (RFC 9110 §5.5): HTTP's parser lets more in than that."""
+    named = ((name, told[name]) for name in NAMES if name in told)
+    return {name: value for name, value in named if value.isascii() and value.isprintable()}
 
 
 class Spans:

@@ -287,6 +287,10 @@ class Posted:
         return answer
 
 
+#: Seconds in which a server that is ready says so: what asks tells of other things too.
+_READY_S: Final = 2.0
+
+
 class Server:
     """One Triton server, and the arena as it knows it."""
 
@@ -353,10 +357,11 @@ class Server:
     # ------------------------------------------------------------------ asking
 
     async def ready(self) -> bool:
-        """Whether Triton answers and has all its models."""
+        """Whether Triton answers, within some seconds, and has all its models."""
         try:
-            answer = await self.request("GET", "/v2/health/ready")
-        except TritonDown:
+            async with asyncio.timeout(_READY_S):
+                answer = await self.request("GET", "/v2/health/ready")
+        except (TritonDown, TimeoutError):
             return False
         answer.close()
         return answer.status == 200

@@ -1,7 +1,5 @@
 """What happens around every request over HTTP: errors become answers, and all of them are timed and recorded."""
 
-import asyncio
-
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
@@ -25,11 +23,11 @@ def answering(recorder: Recorder) -> Middleware:
         try:
             try:
                 response = await handler(request)
-            except (VoxcacheError, asyncio.CancelledError, web.HTTPException, ConnectionError) as error:
-                if not isinstance(error, VoxcacheError):
-                    raise
+            except VoxcacheError as error:
                 code = error.code
                 response = _told(request, route, error)
+            except (web.HTTPException, ConnectionError):
+                raise
             except Exception:
                 logger().exception("request broke", route=route)
                 response = _told(request, route, VoxcacheError(_UNFORESEEN))

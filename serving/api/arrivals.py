@@ -90,7 +90,7 @@ class Webhooks:
                 raise BadRequest(f"the body did not come within {_BODY_S:g} s") from None
             post = Post(body, request.headers, self._bucket)
             secret = self._settings.secrets.get(source.name, SecretSettings())
-            who = msgspec.structs.replace(self._audit.who.http(request), via="arrival", name=source.name)
+            who = self._audit.who.arrival(source.name, request.remote or "")
             try:
                 check(secret, post, request.query, self._clock.now())
             except Unauthorized as error:

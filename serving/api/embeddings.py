@@ -2,10 +2,9 @@
 
 from aiohttp import web
 
-from cache.errors import VoxcacheError
 from cache.keys import TensorRef
 from cache.store import Store
-from serving.audit import SILENT, Auditor
+from serving.audit import SILENT, Auditor, failing
 from serving.audit.record import QUERY
 from serving.neighbours import QueryRequest, query
 
@@ -28,10 +27,7 @@ class Embeddings:
         asked = await body_of(request, QueryRequest, self._max_body)
         who = self._audit.who.http(request)
         like = TensorRef.parse(asked.like, namespace=asked.namespace) if asked.like else None
-        try:
+        with failing(self._audit, QUERY, who, like):
             answer = await query(self._store, asked)
-        except VoxcacheError as error:
-            self._audit.note(QUERY, who, like, error.code)
-            raise
         self._audit.note(QUERY, who, like, details=(("model", answer.model.name),))
         return json_answer(answer)

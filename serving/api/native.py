@@ -12,11 +12,11 @@ import numpy as np
 from aiohttp import web
 
 from cache.entry import Entry, TensorSpec
-from cache.errors import BadRequest, NotFound, QueueDown, RangeNotSatisfiable, VoxcacheError
+from cache.errors import BadRequest, NotFound, QueueDown, RangeNotSatisfiable
 from cache.interfaces import Residency
 from cache.keys import Manifest, SeriesRef, TensorRef, check_name, check_uid
 from cache.store import Instance, Outcome, Store
-from serving.audit import SILENT, Auditor
+from serving.audit import SILENT, Agent, Auditor, failing
 from serving.audit.record import DROP, EVICT, INSTANCE, READ
 from serving.filler import Filler
 from serving.leasing import LeaseRequest, Lessor, RenewRequest
@@ -134,17 +134,17 @@ class Native:
             SeriesRef.parse(where["study"], where["series"]), check_name(where["recipe"], "recipe"), namespace
         )
         framing = _framing(request.headers.get("Accept", "*/*"))
-        try:
+        who = self._audit.who.http(request)
+        with failing(self._audit, READ, who, want):
             outcome = await self._store.get(want)
-        except VoxcacheError as error:
-            self._audit.note(READ, self._audit.who.http(request), want, error.code)
-            raise
         try:
-            return await self._send(request, outcome, framing)
+            return await self._send(request, outcome, framing, who)
         finally:
             outcome.release()
 
-    async def _send(self, request: web.Request, outcome: Outcome, framing: "_Framing") -> web.StreamResponse:
+    async def _send(
+        self, request: web.Request, outcome: Outcome, framing: "_Framing", who: Agent
+    ) -> web.StreamResponse:
         entry = outcome.entry
         spec = _spec(entry)
         headers = {
@@ -163,7 +163,7 @@ class Native:
             media_type=framing.media_type,
             headers=headers,
             head=framing.head(spec),
-            sending=lambda: self._audit.note(READ, self._audit.who.http(request), entry),
+            sending=lambda: self._audit.note(READ, who, entry),
         )
 
     async def instances(self, request: web.Request) -> web.Response:
@@ -182,11 +182,8 @@ class Native:
         namespace = check_name(request.query.get("namespace", "serving"), "namespace")
         ref = SeriesRef.parse(where["study"], where["series"])
         who = self._audit.who.http(request)
-        try:
+        with failing(self._audit, INSTANCE, who, ref):
             instance = await self._store.instance(ref, where["instance"], namespace)
-        except VoxcacheError as error:
-            self._audit.note(INSTANCE, who, ref, error.code)
-            raise
         # what is neither a number nor a UID, somebody else has chosen
         name = where["instance"] if where["instance"].replace(".", "").isdecimal() else ""
         details = (("instance", name),) if name else ()

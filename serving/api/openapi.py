@@ -21,6 +21,7 @@ from .keeping import PinRequest, PinsAnswer
 from .letters import LettersAnswer, RequeueAnswer, RequeueRequest
 from .native import InstancesAnswer, LineageAnswer, StudyAnswer
 from .problem import MEDIA_TYPE, Problem, status_of
+from .verifying import VerifyAnswer
 from .warming import IndexRequest, PlanAnswer, WantedAnswer, WarmRequest
 
 _Body = type[msgspec.Struct]
@@ -46,6 +47,7 @@ _BODIES: Final[dict[tuple[str, str], tuple[_Body | None, _Body | None, int]]] = 
     ("POST", "/v1/embeddings/query"): (QueryRequest, QueryAnswer, 200),
     ("POST", "/v1/index"): (IndexRequest, Job, 202),
     ("GET", "/v1/stats"): (None, StatsAnswer, 200),
+    ("POST", "/v1/studies/{study}/verify"): (None, VerifyAnswer, 200),
     ("POST", "/v1/warm"): (WarmRequest, Job, 202),
     ("GET", "/v1/warm/{job}"): (None, Job, 200),
 }

@@ -1,12 +1,12 @@
 """How far origins that are asked have been asked: one small file, whole after any crash."""
 
 import asyncio
-import os
 from pathlib import Path
 
 import msgspec
 
 from cache.errors import ConfigError, QueueDown
+from serving import durable
 
 
 class Cursors:
@@ -31,21 +31,7 @@ class Cursors:
         """Raises: QueueDown: it cannot be written, and is as it was."""
         held = self._held | {name: cursor}
         try:
-            await asyncio.to_thread(_write, self._path, msgspec.json.encode(held))
+            await asyncio.to_thread(durable.write, self._path, msgspec.json.encode(held))
         except OSError as error:
             raise QueueDown(f"cannot note how far {name} was asked in {self._path}: {error.strerror}") from error
         self._held = self._held | {name: cursor}
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.new")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

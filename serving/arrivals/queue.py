@@ -91,6 +91,10 @@ class Depth(msgspec.Struct, frozen=True):
     dead: int = 0
     oldest: float | None = None
 
+    def waits(self, now: float) -> float:
+        """For how many seconds the oldest waits."""
+        return max(now - self.oldest, 0.0) if self.oldest is not None else 0.0
+
 
 class ArrivalQueue(Protocol):
     """Accepted events survive any crash, of this process and of whatever the queue is kept in.

@@ -7,7 +7,7 @@ noted and writes them. UIDs are in full, or nobody could tell what was read; pat
 from .agents import Agents
 from .record import ACTS, DAEMON, Act, Agent, acts_table
 from .spool import AuditSettings, Spool, State
-from .trail import SILENT, Audit, Auditor, Silent
+from .trail import SILENT, Audit, Auditor, Silent, failing
 
 __all__ = [
     "ACTS",
@@ -23,4 +23,5 @@ __all__ = [
     "Spool",
     "State",
     "acts_table",
+    "failing",
 ]

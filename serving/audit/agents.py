@@ -38,9 +38,9 @@ class Agents:
         pid, uid, _ = _CREDENTIALS.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
         return Agent("socket", f"uid {uid}, process {pid}")
 
-    def arrival(self, source: str) -> Agent:
-        """A source of arrivals, by its name in the settings and routes."""
-        return _agent("arrival", source, "")
+    def arrival(self, source: str, address: str = "") -> Agent:
+        """A source of arrivals, by its name in the settings and routes, and from where it calls."""
+        return _agent("arrival", source, address)
 
 
 @functools.lru_cache(maxsize=4096)  # the same clients ask again and again

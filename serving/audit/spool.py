@@ -16,6 +16,7 @@ from typing import Annotated, Final
 import msgspec
 
 from cache.errors import ConfigError
+from serving import durable
 
 from .record import NOTHING, STOP, Details, Said, digest, read, record
 
@@ -191,12 +192,7 @@ class Spool:
     def note_head(self) -> Head:
         """Note what was recorded last where a change of the files does not reach. Raises: OSError."""
         head = self.head.sealed(self._key)
-        made = self._head_path.with_suffix(".new")
-        with os.fdopen(os.open(made, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-            file.write(msgspec.json.encode(head))
-            file.flush()
-            os.fsync(file.fileno())
-        made.replace(self._head_path)
+        durable.write(self._head_path, msgspec.json.encode(head), 0o600)
         return head
 
     def nbytes(self) -> int:
@@ -219,11 +215,7 @@ class Spool:
         path = self._folder / f"audit-{first:0{_NUMBER_WIDTH}}.jsonl"
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o640)
         self._size = 0
-        folder = os.open(self._folder, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        durable.sync_folder(self._folder)
 
     def _go_on(self, path: Path, noted: Head | None) -> Before:
         data = path.read_bytes()

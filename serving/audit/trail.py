@@ -1,11 +1,14 @@
 """What acts are noted in: appended to in no time, made records of and written by a thread of its own."""
 
+import contextlib
 import errno
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final, Protocol
 
+from cache.entry import Entry
+from cache.errors import VoxcacheError
 from cache.interfaces import Clock
 from serving.log import logger
 
@@ -23,6 +26,8 @@ _LAST_S: Final = 10.0
 _NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 _Noted = tuple[float, Act, Agent, What, str, Details]
+#: By what acts are alike.
+_Mark = tuple[int, Agent, object, str, Details]
 
 
 class Auditor(Protocol):
@@ -46,6 +51,16 @@ class Silent:
         return
 
 
+@contextlib.contextmanager
+def failing(audit: Auditor, act: Act, agent: Agent, what: What) -> Iterator[None]:
+    """If what is done in here fails, that is noted."""
+    try:
+        yield
+    except VoxcacheError as error:
+        audit.note(act, agent, what, error.code)
+        raise
+
+
 #: For whatever is not told to record.
 SILENT: Final[Auditor] = Silent()
 
@@ -61,7 +76,7 @@ class Audit:
         self._now: Callable[[], float] = clock.now
         self._waiting: deque[_Noted] = deque()
         self._most = settings.waiting
-        self._lost = 0
+        self._lost_told = 0  # of those that are lost, how many a record tells of
         self._lost_since = 0.0
         self._batch: Batch | None = None  # made, and not on disk yet
         self._noted_head_at = clock.monotonic()
@@ -86,7 +101,6 @@ class Audit:
             self._waiting.append((self._now(), act, agent, what, failed, details))
         else:
             self._lost_since = self._lost_since or self._now()
-            self._lost += 1
             self.lost += 1
         if not self._news.is_set():
             self._news.set()
@@ -121,6 +135,8 @@ class Audit:
                 pass
             if self._batch is not None:  # there is news still: it could not be written
                 self._news.set()
+        while self._write():  # the end itself may have been noted since
+            pass
         self._note_head()
         self._spool.close()
 
@@ -144,12 +160,13 @@ class Audit:
 
     def _gathered(self) -> list[Said]:
         """What waits, alike acts as one, in the order of their first; what was lost at the end of it."""
-        alike: dict[tuple[int, int, int, str, Details], list[float]] = {}
-        noted: dict[tuple[int, int, int, str, Details], _Noted] = {}  # they keep alive what is told apart by its id
+        alike: dict[_Mark, list[float]] = {}
+        noted: dict[_Mark, _Noted] = {}  # they keep alive what is told apart by its id
         for _ in range(min(len(self._waiting), _AT_ONCE)):
             each = self._waiting.popleft()
             when, act, agent, what, failed, details = each
-            mark = id(act), id(agent), id(what), failed, details
+            # an entry is one object for all who ask for it, and to hash it takes long
+            mark = id(act), agent, id(what) if isinstance(what, Entry) else what, failed, details
             if (times := alike.get(mark)) is None:
                 alike[mark] = [when, when, 1]
                 noted[mark] = each
@@ -162,8 +179,8 @@ class Audit:
                 (noted[mark], alike[mark]) for mark in alike
             )
         ]
-        if self._lost and len(self._waiting) < self._most:
-            lost, self._lost = self._lost, 0
+        if (lost := self.lost - self._lost_told) and len(self._waiting) < self._most:
+            self._lost_told += lost
             since, self._lost_since = self._lost_since, 0.0
             acts.append(Said(LOST, DAEMON, None, "", since, self._now(), 1, (("lost", str(lost)),)))
         return acts
@@ -171,7 +188,7 @@ class Audit:
     def _say(self, state: State) -> None:
         if state is not self.state:
             log = logger().info if state is State.RECORDING else logger().error
-            log("audit", state=state.name.lower(), lost=self._lost)
+            log("audit", state=state.name.lower(), lost=self.lost - self._lost_told)
         self.state = state
 
     def _note_head(self) -> None:

@@ -1,6 +1,7 @@
 """The gRPC server: what a client says is passed on unread, unless it names a virtual model or shared memory."""
 
 import asyncio
+import functools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Annotated, Any, Final, NoReturn
 from urllib.parse import unquote
@@ -374,7 +375,8 @@ class GrpcDoor:
         route = f"/{SERVICE}/ModelStreamInfer"
         watch = self._begin(context)
         status = 499
-        stream = Stream(self._front, self._upstream, self, passed_on(context))
+        part = functools.partial(self._recorder.part, watch)
+        stream = Stream(self._front, self._upstream, self, passed_on(context), part)
         try:
             async for answer in stream.answers(requests, context):
                 yield answer

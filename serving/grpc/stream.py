@@ -7,7 +7,7 @@ one or many. That is waited for also when the client has gone.
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any, Final
 
 import grpc
@@ -15,6 +15,7 @@ import grpc.aio
 from tritonclient.grpc import service_pb2
 
 from cache.errors import TritonLost, VoxcacheError
+from cache.stopwatch import Stopwatch, timing
 from serving.front import Front
 from serving.references import is_reference, split_name
 from serving.triton import Server
@@ -81,8 +82,12 @@ class _Up:
 class Stream:
     """Answers of one stream. Each server that its models are on has a stream of its own, with the same life."""
 
-    def __init__(self, front: Front, upstream: Upstream, door: "GrpcDoor", metadata: Metadata) -> None:
+    def __init__(
+        self, front: Front, upstream: Upstream, door: "GrpcDoor", metadata: Metadata, part: Callable[[], Stopwatch]
+    ) -> None:
+        """``part`` begins the stopwatch of one of the stream's requests."""
         self._front = front
+        self._part = part
         self._upstream = upstream
         self._door = door
         self._metadata = metadata
@@ -118,6 +123,7 @@ class Stream:
     async def _write_all(self, requests: AsyncIterator[bytes], context: Any) -> None:
         try:
             async for body in requests:
+                timing(self._part())
                 try:
                     await self._write(body, context)
                 except TritonLost:

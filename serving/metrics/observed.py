@@ -1,24 +1,21 @@
-"""The metrics of one daemon as they grow, and as Prometheus reads them."""
+"""The metrics of one daemon as they grow."""
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Final, NamedTuple
 
 import numpy as np
 from prometheus_client import exposition
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
-from prometheus_client.core import Metric as Family
-from prometheus_client.registry import Collector
-from prometheus_client.samples import Exemplar as ShownExemplar
 
 from cache.entry import Entry
 from cache.interfaces import Clock, SystemClock
 from cache.stopwatch import Stopwatch
 
-from .distribution import Distribution, Exemplar, Held, Seconds
+from .distribution import Distribution, Exemplar, Seconds
 from .rolling import Rolling, Window
-from .table import METRICS, PREFIX, Metric, buckets
+from .seen import Seen
+from .table import METRICS, Metric, buckets
 
 #: Reads a gauge, or a counter that is kept elsewhere, when it is scraped: pairs of label values and value.
 Reading = Callable[[], Iterable[tuple[tuple[str, ...], float]]]
@@ -32,9 +29,9 @@ HeardOf = Callable[[str, Entry], None]
 _TABLE: Final = {metric.name: metric for metric in METRICS}
 #: The stages of a hit that the hand-off socket answers at once.
 AT_ONCE: Final = ("lookup", "lease", "response")
-#: Histograms of which it is known how they were lately.
 #: Outcomes of requests to the origin that are its fault.
 _ORIGIN_FAULTS: Final = ("failed", "origin-down", "origin-denied")
+#: Histograms of which it is known how they were lately.
 _ROLLING: Final = ("tier_seconds", "stage_seconds")
 
 
@@ -251,7 +248,7 @@ class Metrics:
         write, media_type = exposition.choose_encoder(accept)
         return await asyncio.to_thread(write, self._seen()), media_type
 
-    def _seen(self) -> "_Seen":
+    def _seen(self) -> Seen:
         self.settle()
         values = {
             m.name: dict(self._counters.get(m.name, {}))
@@ -268,7 +265,7 @@ class Metrics:
             name: {labels: child.held() for labels, child in children.items()}
             for name, children in self._histograms.items()
         }
-        return _Seen(values, held)
+        return Seen(values, held)
 
     def _child(self, name: str, labels: tuple[str, ...]) -> Distribution:
         children = self._histograms[name]
@@ -277,43 +274,6 @@ class Metrics:
             _check(_TABLE[name], labels)
             child = children[labels] = Distribution(buckets(_TABLE[name]), Rolling() if name in _ROLLING else None)
         return child
-
-
-class _Seen(Collector):
-    """All metrics as they were at one moment."""
-
-    def __init__(
-        self, values: dict[str, dict[tuple[str, ...], float]], held: dict[str, dict[tuple[str, ...], Held]]
-    ) -> None:
-        self._values = values
-        self._held = held
-
-    def collect(self) -> Iterator[Family]:
-        for metric in METRICS:
-            name = PREFIX + metric.name
-            unit = metric.unit if name.endswith(f"_{metric.unit}") else ""
-            if metric.kind == "histogram":
-                histogram = HistogramMetricFamily(name, metric.help, labels=metric.labels, unit=unit)
-                for labels, held in self._held[metric.name].items():
-                    histogram.add_metric(labels, _shown(metric, held), held.sum)
-                yield histogram
-            else:
-                kind = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
-                family = kind(name, metric.help, labels=metric.labels, unit=unit)
-                for labels, value in self._values[metric.name].items():
-                    family.add_metric(labels, value)
-                yield family
-
-
-def _shown(metric: Metric, held: Held) -> list[tuple[str, float] | tuple[str, float, ShownExemplar]]:
-    """A histogram's buckets as Prometheus knows them: each with what is in those before it too."""
-    bounds = [*map(repr, buckets(metric)), "+Inf"]
-    reached = np.cumsum(held.counts).tolist()
-    shown: list[tuple[str, float] | tuple[str, float, ShownExemplar]] = list(zip(bounds, reached, strict=True))
-    for bucket, (trace, seconds, at) in held.exemplars.items():
-        exemplar = ShownExemplar({"trace_id": trace}, seconds, at)
-        shown[bucket] = (bounds[bucket], reached[bucket], exemplar)
-    return shown
 
 
 def _check(metric: Metric, labels: tuple[str, ...]) -> None:

@@ -18,7 +18,7 @@ from cache.entry import Entry, Lineage
 from cache.interfaces import SystemClock
 from cache.keys import Key, Manifest, SeriesRef, SourceObject, TensorRef
 from serving.audit import ACTS, DAEMON, Act, Agent, Audit, AuditSettings, Spool, State
-from serving.audit.record import DCM, EVICT, LEASE, READ, Said, read, record
+from serving.audit.record import DCM, EVICT, LEASE, READ, STOP, Said, read, record
 from serving.audit.spool import Head, files, read_head
 from serving.audit.verify import Kind, Verdict, verify
 from tests.conftest import ROOT
@@ -189,6 +189,41 @@ def test_files_are_rotated_and_may_be_taken_away(tmp_path: Path) -> None:
     again.open()
     again.commit(again.batch([said(601)]))
     assert found(checked(tmp_path, [head])) == [("begins", 1, 601)]
+
+
+def test_acts_that_are_alike_are_one_record(tmp_path: Path) -> None:
+    """Each request names its want anew: it is the same want all the same. Who asks, and how it ends, tell apart."""
+    audit = trail(tmp_path, flush_s=60.0)
+    for _ in range(3):
+        audit.note(READ, Agent("http", "", "10.0.0.1"), TensorRef(REF, "volume"), "unknown-study")
+    audit.note(READ, Agent("http", "", "10.0.0.2"), TensorRef(REF, "volume"), "unknown-study")
+    audit.note(READ, Agent("http", "", "10.0.0.1"), TensorRef(REF, "volume"), "empty-series")
+    audit.close()
+    reads = [event for event in told(tmp_path) if event["subtype"][0]["code"] == "read"]
+    times = [
+        {each["type"]: each["valueString"] for each in event["entity"][0]["detail"]}.get("times") for event in reads
+    ]
+    assert times == ["3", None, None]
+
+
+class Ending(Audit):
+    """Is told to end at the worst moment: the thread has just found that nothing waits."""
+
+    def _write(self) -> bool:
+        more = super()._write()
+        if not more and not self._ending.is_set():
+            self.note(STOP, DAEMON, None)
+            self._ending.set()
+        return more
+
+
+def test_the_end_is_recorded_whenever_it_comes(tmp_path: Path) -> None:
+    """Or the next start would say that the daemon had crashed."""
+    settings = AuditSettings(flush_s=0.001)
+    audit = Ending(settings, spool(tmp_path), SystemClock())
+    audit.start()
+    until(lambda: not audit._thread.is_alive())
+    assert [event["subtype"][0]["code"] for event in told(tmp_path)] == ["start", "stop"]
 
 
 class Refusing(Spool):

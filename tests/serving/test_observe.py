@@ -14,12 +14,13 @@ from cache.keys import Key
 from cache.stopwatch import Stopwatch, current, timing
 from serving.metrics import Metrics
 from serving.metrics.rolling import BINS, WINDOWS, Rolling, Window, binned, quantiles
-from serving.observe import PriceSettings, read_worth, storage_cost
+from serving.price import PriceSettings, read_worth, storage_cost
 from serving.remote import told_slow
 from serving.slo import Slo, Tracked
 from serving.slow import Slow
 from serving.uids import Uids
 from tests.conformance.tier import FakeClock
+from tests.serving.recording import recorder as recording
 from tests.serving.test_metrics import value
 
 
@@ -210,3 +211,30 @@ def test_buckets_name_a_trace_where_openmetrics_is_spoken() -> None:
     assert 'tier="ram"' in exemplars[0]
     assert 'stage="list"' in exemplars[1]
     assert "trace_id" not in metrics.exposition().decode()
+
+
+# ---------------------------------------------------------------------- what outlives its request
+
+
+def test_a_fill_goes_on_without_its_request() -> None:
+    """Whoever asked has left, and others wait: what the fill does then is counted, once each."""
+    metrics = Metrics()
+    recorder = recording(metrics)
+    watch = recorder.begin()
+    watch.lap("queue")
+    recorder.answered("/v1/leases", "none", 499, watch)
+    watch.lap("decode")
+    for stage in ("queue", "response", "decode"):
+        assert value(metrics, "stage_seconds_count", stage=stage) == 1
+
+
+def test_parts_of_an_endless_request_are_counted_as_they_end() -> None:
+    """A stream lasts as long as its client wants: its requests have stages, itself has no seconds."""
+    metrics = Metrics()
+    recorder = recording(metrics)
+    watch = recorder.begin()
+    for _ in range(2):
+        recorder.part(watch).lap("turn")
+    assert value(metrics, "stage_seconds_count", stage="turn") == 2
+    recorder.answered("/inference.GRPCInferenceService/ModelStreamInfer", "none", 200, watch, endless=True)
+    assert "voxcache_request_seconds_count" not in metrics.exposition().decode()

@@ -19,7 +19,7 @@ from aiohttp import web
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from serving.demo.tritonserver import TritonServer, free_ports
-from serving.tracing import named
+from serving.tracing import Tracing, named
 from serving.triton import TritonSettings
 from tests.daemon import Bucket, Daemon
 from tests.serving.doors import SERIES, SETTINGS, STUDY, Shelf, arena, before, volume
@@ -48,6 +48,14 @@ def test_a_header_names_a_trace_or_none(header: str, trace: str, sampled: bool) 
     """As the recommendation says; of later versions what is known of them is read."""
     found = named(header)
     assert (found.trace, found.sampled) == (trace, sampled) if found is not None else trace == ""
+
+
+@pytest.mark.parametrize("state", ["vendor=é", "vendor=1\x0b", "vendor=\x7f"])
+def test_what_no_header_may_hold_is_not_told_on(state: str) -> None:
+    """The trace is known all the same; what Triton would be told of it is well-formed."""
+    watch = Tracing().begin({"traceparent": UNSAMPLED, "tracestate": state})
+    assert watch.trace == TRACE
+    assert watch.told == (("traceparent", UNSAMPLED),)
 
 
 def test_what_makes_spans_is_not_imported_unless_they_are_wanted() -> None:
