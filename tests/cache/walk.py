@@ -277,6 +277,7 @@ class Walk:
         """Return when no fill or listing is under way and nothing waits to be written or refreshed."""
         store = self.store
         while store.under_way != (0, 0) or store._behind.busy or store._listings.refreshing or store._listings._flights:
+            store._behind.hurry()  # no fill will come that it might let go first
             await asyncio.sleep(0.001)
         await self.nvme._folder.settled()
 
