@@ -7,6 +7,7 @@ fastest client there is (obstore), 32 at a time, and are decoded by a plain pydi
 
 from .archives import Gateway, Orthanc, OrthancDicomWeb
 from .base import Peer
+from .monai import Monai
 from .mounts import Rclone
 from .ours import OverHttp, OverLease
 from .proxies import NginxCache, Varnish
@@ -19,6 +20,7 @@ PEERS: tuple[type[Peer], ...] = (
     RedisTensors,
     DiskCache,
     NginxFiles,
+    Monai,
     Gateway,
     NginxCache,
     Varnish,
