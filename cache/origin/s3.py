@@ -12,12 +12,14 @@ import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Final, Literal, TypeVar
+from urllib.parse import urlsplit
 
 import aiohttp
 import msgspec
 from aiobotocore.config import AioConfig
 from aiobotocore.session import get_session
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+from botocore.utils import get_environ_proxies
 from yarl import URL
 
 from cache.errors import Archived, ConfigError, OriginChanged, OriginDenied, OriginDown, OriginError
@@ -26,10 +28,9 @@ from cache.keys import SourceObject
 from cache.urgency import Slots
 
 from .hedge import Hedge
+from .presign import Presigner
 from .together import each
 
-#: A presigned URL is used at once; the rest is for clocks that differ.
-_SIGNED_FOR_S: Final = 300
 #: Storage classes whose objects have to be restored; of the others that can be archived, HeadObject says so.
 _ARCHIVES: Final = ("GLACIER", "DEEP_ARCHIVE")
 _CODE: Final = re.compile(rb"<Code>([A-Za-z0-9]{1,64})</Code>")
@@ -92,12 +93,15 @@ class S3Origin:
         self,
         settings: S3Settings,
         client: Any,  # botocore makes its clients' classes while it runs
+        presigner: Presigner,
         bodies: aiohttp.ClientSession,
+        *,
         closing: contextlib.AsyncExitStack,
         observer: Observer,
     ) -> None:
         self._settings = settings
         self._client = client
+        self._presigner = presigner
         self._bodies = bodies
         self._closing = closing
         self._observer = observer
@@ -121,17 +125,19 @@ class S3Origin:
         async with contextlib.AsyncExitStack() as stack:
             try:
                 tls = ssl.create_default_context(cafile=settings.ca_file)
+                session = get_session()
+                if settings.access_key is not None:
+                    session.set_credentials(settings.access_key, settings.secret_key)
                 client = await stack.enter_async_context(
-                    get_session().create_client(
+                    session.create_client(
                         "s3",
                         endpoint_url=settings.endpoint_url,
                         region_name=settings.region,
-                        aws_access_key_id=settings.access_key,
-                        aws_secret_access_key=settings.secret_key,
                         verify=settings.ca_file,
                         config=_client_config(settings),
                     )
                 )
+                presigner = Presigner(client, await session.get_credentials(), settings.bucket)
             except (BotoCoreError, ValueError, OSError) as error:
                 raise ConfigError(f"origin.s3: {error}") from None
             bodies = await stack.enter_async_context(
@@ -142,11 +148,14 @@ class S3Origin:
                     ),
                     auto_decompress=False,
                     headers={"Accept-Encoding": "identity"},
-                    trust_env=True,  # proxies, which botocore takes from the environment too
+                    # as botocore does; to trust the environment would be to look for it, and for ~/.netrc, at each GET
+                    proxy=get_environ_proxies(url := client.meta.endpoint_url).get(urlsplit(url).scheme),
                     read_bufsize=1 << 20,
                 )
             )
-            return cls(settings, client, bodies, stack.pop_all(), observer or NullObserver())
+            return cls(
+                settings, client, presigner, bodies, closing=stack.pop_all(), observer=observer or NullObserver()
+            )
 
     async def list(self, prefix: str) -> Sequence[SourceObject]:
         """All objects whose key starts with ``prefix``, sorted by key (ListObjectsV2).
@@ -180,7 +189,7 @@ class S3Origin:
         ranged = {} if limit is None else {"Range": f"bytes=0-{limit - 1}"}
 
         async def attempt() -> bytes | None:
-            async with self._answer("read", doing, {"Bucket": self._settings.bucket, "Key": key}, ranged) as answer:
+            async with self._answer("read", doing, key, "", ranged) as answer:
                 if answer.status not in (200, 206):
                     code = await _code(answer)
                     if answer.status == 416:  # an empty object has no first byte
@@ -252,7 +261,7 @@ class S3Origin:
 
         async def attempt() -> None:
             asked = time.perf_counter()
-            async with self._answer("fetch", doing, self._named(source), headers) as answer:
+            async with self._answer("fetch", doing, source.key, source.version, headers) as answer:
                 answered = time.perf_counter()
                 if answer.status != (200 if whole else 206):
                     raise self._refusal(doing, answer.status, await _code(answer))
@@ -288,13 +297,13 @@ class S3Origin:
 
     @contextlib.asynccontextmanager
     async def _answer(
-        self, kind: str, doing: str, named: dict[str, str], headers: dict[str, str]
+        self, kind: str, doing: str, key: str, version: str, headers: dict[str, str]
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """What the bucket says, its body yet to be read; of a request and its hedge, whichever is answered first.
 
         So a hedge ends before anything is written anywhere. Raises: _MayPass, for a status that may pass.
         """
-        url = await self._client.generate_presigned_url("get_object", Params=named, ExpiresIn=_SIGNED_FOR_S)
+        url = await self._presigner.url(key, version)
 
         async def ask() -> aiohttp.ClientResponse:
             # a redirect would carry the signature elsewhere
@@ -344,6 +353,8 @@ class S3Origin:
             return OriginChanged(f"{doing}: not the object that was listed any more ({said}); list the series again")
         if code == "InvalidObjectState":
             return Archived(f"{doing}: the object is archived and must be restored first")
+        if status in (301, 307, 400, 403):
+            self._presigner.refused()
         if status in (401, 403):
             return OriginDenied(f"{doing}: {self._where} answered {said}")
         if status >= 500 or status in (0, 408, 429):

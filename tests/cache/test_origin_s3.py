@@ -4,8 +4,10 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
 
 import pytest
+from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -253,6 +255,51 @@ class TestFailures:
                 await task
             s3_proxy.heal()
             assert await _fetched(origin, source) == self.DATA
+
+
+class Proxy:
+    """An HTTP proxy that answers itself. ``asked``: what for, as a proxy is told; ``headers``: with what."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.headers: list[Mapping[str, str]] = []
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[str]:
+        async def answer(request: web.BaseRequest) -> web.Response:
+            self.asked.append(request.raw_path)
+            self.headers.append(request.headers)
+            return web.Response(body=b"from the proxy")
+
+        runner = web.ServerRunner(web.Server(answer))
+        await runner.setup()
+        try:
+            site = web.TCPSite(runner, "127.0.0.1", 0)
+            await site.start()
+            host, port = runner.addresses[0][:2]
+            yield f"http://{host}:{port}"
+        finally:
+            await runner.cleanup()
+
+
+async def test_the_environment_names_a_proxy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As for everything else on the machine; but who ~/.netrc says one is at a host is no business of a signed URL."""
+    (tmp_path / "netrc").write_text("machine s3.example login somebody password secret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    settings = S3Settings("b", endpoint_url="http://s3.example", access_key="a", secret_key="s", retries=0)
+    proxy = Proxy()
+    async with proxy.running() as url:
+        monkeypatch.setenv("http_proxy", url)
+        async with opened(settings) as origin:
+            assert await origin.read("s/a") == b"from the proxy"
+        [asked] = proxy.asked
+        assert asked.startswith("http://s3.example/b/s/a?X-Amz-Algorithm=")
+        assert "Authorization" not in proxy.headers[0]
+        monkeypatch.setenv("no_proxy", ".example")
+        async with opened(settings) as origin:
+            with pytest.raises(OriginDown):
+                await origin.read("s/a")
+        assert len(proxy.asked) == 1
 
 
 async def test_settings_that_cannot_work() -> None:
