@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
+import pytest_asyncio
 from axe_playwright_python.async_playwright import Axe
 from playwright.async_api import Browser, Page, ViewportSize, async_playwright
 
@@ -42,6 +43,13 @@ async def chromium() -> AsyncIterator[Browser]:
             await browser.close()
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def browser() -> AsyncIterator[Browser]:
+    """One for all tests of a module, which run on its loop."""
+    async with chromium() as opened:
+        yield opened
+
+
 class Visit:
     """One look at a page in a browser of its own, and all that went on meanwhile.
 
@@ -60,11 +68,6 @@ class Visit:
         """What axe finds wrong with the page as it is, in its words; "" for nothing."""
         found = await Axe().run(self.page, options=dict(_RULES))
         return found.generate_report() if found.violations_count else ""
-
-    async def value(self, selector: str) -> float:
-        """The number that the page shows there, as machines read it."""
-        told = await self.page.locator(selector).get_attribute("value")
-        return float(told or "nan")
 
 
 @asynccontextmanager

@@ -16,7 +16,7 @@ hypothesis.settings.register_profile("voxcache", _EXAMPLES)
 hypothesis.settings.register_profile("quick", _EXAMPLES, max_examples=20)
 hypothesis.settings.load_profile("voxcache")
 
-pytest_plugins = ["tests.daemon", "tests.services", "tests.triton_service"]
+pytest_plugins = ["tests.browser", "tests.daemon", "tests.services", "tests.triton_service"]
 
 ROOT = Path(__file__).resolve().parent.parent
 

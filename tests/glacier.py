@@ -63,7 +63,7 @@ async def glacier(folder: Path) -> AsyncIterator[Glacier]:
                     with contextlib.suppress(aiohttp.ClientError):
                         async with session.get(f"{running.endpoint}/moto-api/data.json"):
                             break
-                    await asyncio.sleep(0.05)
+                    await asyncio.sleep(0.05)  # another process, which tells this only when asked
             yield running
         finally:
             process.terminate()

@@ -78,7 +78,7 @@ def orthanc(folder: Path, environment: Mapping[str, str], **settings: Any) -> It
                 with contextlib.suppress(OSError):
                     running.ask("GET", "/system")
                     break
-                time.sleep(0.05)
+                time.sleep(0.05)  # another process, which tells this only when asked
             yield running
         finally:
             process.terminate()

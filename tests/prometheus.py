@@ -21,7 +21,7 @@ def settled(wrong: Callable[[], Found]) -> Found:
     """What is still wrong after a while, if anything: a scrape that failed on a busy machine is followed by others."""
     end = time.monotonic() + DEADLINE_S
     while (found := wrong()) and time.monotonic() < end:
-        time.sleep(0.2)
+        time.sleep(0.2)  # another process, which scrapes every now and then and is only asked
     return found
 
 
@@ -54,7 +54,7 @@ class Prometheus:
         while not self._ready():
             assert self._process.poll() is None, (self._folder / "log").read_text()
             assert time.monotonic() < end, "it does not get ready"
-            time.sleep(0.05)
+            time.sleep(0.05)  # another process, which tells this only when asked
         return self
 
     def __exit__(self, *_: object) -> None:

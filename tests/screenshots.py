@@ -97,7 +97,7 @@ async def at_work(folder: Path, triton: TritonServer, redis_url: str, seconds: f
             await stack.enter_async_context(asking(daemon, refs[:14], recipe="ct_volume", clients=2))
             for ref in refs[14:20]:
                 daemon.call("POST", "/v1/arrivals/plain", {"study": ref.study, "series": ref.series})
-            await asyncio.sleep(seconds)
+            await asyncio.sleep(seconds)  # no test: pictures show what comes together in that time
             wanted = [f"{ref.study}/{ref.series}/{recipe}" for ref in refs for recipe in ("ct_volume", "ct_small")]
             daemon.call("POST", "/v1/warm", {"tensors": wanted})
             await asyncio.gather(*(page.locator(".warming li").first.wait_for() for page in pages.values()))
@@ -120,7 +120,7 @@ async def in_trouble(folder: Path) -> None:
             asking(daemon, refs, recipe="ct_volume", clients=2),
         ):
             await expect(page.locator("#health li.bad")).to_have_count(2, timeout=60_000)
-            await asyncio.sleep(20)
+            await asyncio.sleep(20)  # no test: the picture shows what comes together in that time
             await take(page, "trouble", whole=False)
 
 

@@ -323,7 +323,7 @@ class RedisServer:
             self._process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
         while not self.answers():
             assert self._process.poll() is None, (self._folder / "redis.log").read_text()
-            time.sleep(0.01)
+            time.sleep(0.01)  # another process, which tells this only when asked
 
     def answers(self) -> bool:
         """Whether it does what it is asked: not while it loads what it held."""

@@ -6,9 +6,11 @@ Progress goes to stderr; the last line on stdout is JSON. Whatever fails is prin
 """
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
+import queue
 import sys
 import time
 from collections.abc import Callable
@@ -38,11 +40,9 @@ def follow(processes: list[multiprocessing.Process], done: "Queue[int]", say: Ca
     """Add up what the processes do until all have ended; the steps they took."""
     total = 0
     while any(process.is_alive() for process in processes) or not done.empty():
-        if done.empty():
-            time.sleep(0.2)
-            continue
-        total += done.get()
-        say(total)
+        with contextlib.suppress(queue.Empty):
+            total += done.get(timeout=0.2)  # or they end without a word, as one does that fails
+            say(total)
     return total
 
 

@@ -130,7 +130,7 @@ def test_an_expired_lease(shared: tuple[Daemon, Bucket]) -> None:
     asked = {"study": ref.study, "series": ref.series, "recipe": "volume", "ttl_s": 0.01}
     lease = daemon.ask("POST", "/v1/leases", asked).json
     while time.time() < lease["expires"] + 0.01:
-        time.sleep(0.01)
+        time.sleep(0.01)  # it expires by the clock of another process
     renewed = daemon.ask("POST", f"/v1/leases/{lease['lease']}/renew", {})
     assert (renewed.status, renewed.code) == (410, "lease-expired")
     never = daemon.ask("DELETE", "/v1/leases/0123456789abcdef0123456789abcdef")

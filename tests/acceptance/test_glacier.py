@@ -59,7 +59,7 @@ async def cold(tmp_path: Path, bucket: Bucket) -> AsyncIterator[Cold]:
 async def until(ask: Callable[[], Answer], right: Callable[[Answer], bool]) -> Answer:
     async with asyncio.timeout(240):
         while not right(answer := await asyncio.to_thread(ask)):
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.05)  # another process, which tells this only when asked
         return answer
 
 

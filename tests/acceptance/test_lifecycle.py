@@ -38,7 +38,7 @@ async def test_requests_under_way_are_answered(stalling: tuple[Daemon, SeriesRef
     assert await asyncio.to_thread(s3_proxy.stalled.wait, 30)
     stopping = asyncio.create_task(asyncio.to_thread(daemon.stop))
     while "draining" not in daemon.log():
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.01)  # another process, which tells this in its log alone
     s3_proxy.heal()
     assert (await asking).status == 200
     assert await stopping == 0
@@ -51,7 +51,7 @@ async def test_a_second_signal_forces_the_end(stalling: tuple[Daemon, SeriesRef]
     assert await asyncio.to_thread(s3_proxy.stalled.wait, 30)
     stopping = asyncio.create_task(asyncio.to_thread(daemon.stop, 50.0))
     while "draining" not in daemon.log():
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.01)  # another process, which tells this in its log alone
     daemon.signal(signal.SIGTERM)
     assert await stopping == 0
     assert not asking.done() or asking.exception() is not None
@@ -74,7 +74,7 @@ async def test_shares_change_at_sighup_and_outlast_a_restart(tmp_path: Path, buc
     async def told(daemon: Daemon, said: str) -> None:
         daemon.signal(signal.SIGHUP)
         while said not in daemon.log():
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.01)  # another process, which tells this in its log alone
 
     ref = bucket.series(slices=4)
     with write(0.75, 0.25) as daemon:

@@ -58,7 +58,7 @@ async def test_a_hundred_misses_cost_one_fill(served: tuple[Daemon, SeriesRef], 
         asking = [asyncio.create_task(ask()) for _ in range(99)]
         first.close()
         while daemon.metric("voxcache_requests_total", status="499") < 1:  # the daemon has seen the first one leave
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.01)  # another process, which tells this only when asked
         s3_proxy.heal()
         answers = await asyncio.gather(*asking)
     assert {status for status, _, _ in answers} == {200}

@@ -48,7 +48,7 @@ async def ready(daemon: Daemon, study: str) -> None:
     """Return once the study says that all that it calls for is there."""
     async with asyncio.timeout(240):
         while not (await asyncio.to_thread(daemon.ask, "GET", f"/v1/studies/{study}")).json["ready"]:
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.05)  # another process, which tells this only when asked
 
 
 async def until(daemon: Daemon, study: str, right: Callable[[set[str]], bool]) -> None:
@@ -58,4 +58,4 @@ async def until(daemon: Daemon, study: str, right: Callable[[set[str]], bool]) -
             entries = (await asyncio.to_thread(daemon.ask, "GET", f"/v1/studies/{study}")).json["entries"]
             if right({entry["tier"] for entry in entries if entry["kind"] == "tensor"}):
                 return
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.05)  # another process, which tells this only when asked

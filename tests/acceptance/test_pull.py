@@ -56,7 +56,7 @@ async def test_from_a_silent_bucket(tmp_path: Path, bucket: Bucket, s3: S3Servic
         await until(daemon, ref.study, lambda tiers: "ram" in tiers)
         async with asyncio.timeout(240):  # the first of them may have been listed, and warmed, before the last
             while await asyncio.to_thread(daemon.metric, "voxcache_arrival_events_total", news="new") < 3:
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(0.05)  # another process, which tells this only when asked
         assert daemon.metric("voxcache_arrival_events_total", news="new") == 3
 
 
@@ -77,7 +77,7 @@ async def test_what_nobody_announced_is_found(tmp_path: Path, bucket: Bucket) ->
         async with asyncio.timeout(240):
             # it may be refused while it is being written
             while (answer := await asyncio.to_thread(daemon.tensor, ref)).headers.get("ETag", before) == before:
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(0.05)  # another process, which tells this only when asked
         assert answer.status == 200
         for path in bucket.files(ref):
             path.unlink()

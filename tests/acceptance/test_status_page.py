@@ -1,15 +1,13 @@
 """The status page of real daemons, at work and in trouble, in a real browser."""
 
 import json
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import pytest_asyncio
 from playwright.async_api import Browser, expect
 
-from tests.browser import Visit, chromium, visit
+from tests.browser import Visit, visit
 from tests.daemon import MIB, Bucket, Daemon, asking
 from tests.services import free_port
 
@@ -25,12 +23,6 @@ _SHOWN = """() => {
     }
     return { of: Date.parse(document.querySelector("#of").dateTime), shown };
 }"""
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def browser() -> AsyncIterator[Browser]:
-    async with chromium() as opened:
-        yield opened
 
 
 @pytest.fixture

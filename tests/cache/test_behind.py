@@ -8,11 +8,17 @@ import pytest
 
 from cache.keys import SeriesRef
 from cache.store import StoreSettings
-from tests.cache.walk import KIB, MIB, Walk, walking
+from tests.cache.walk import KIB, MIB, Walk, until, walking
 
 FIRST, SECOND, THIRD = (SeriesRef("1.2", f"1.2.{number}") for number in range(3))
 OBJECTS = tuple(bytes([number]) * 40 * KIB for number in range(2))
 FOREVER = 1e6
+
+
+@pytest.fixture(autouse=True)
+def restless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long nothing is filled, it is not taken for quiet: whatever the machine does between two requests."""
+    monkeypatch.setattr("cache.store.behind._QUIET_S", FOREVER)
 
 
 @pytest.fixture
@@ -38,13 +44,17 @@ async def filling(walk: Walk) -> AsyncIterator[asyncio.Task[tuple[str, bytes]]]:
     await task
 
 
-async def test_a_write_lets_fills_go_first(walk: Walk, filling: asyncio.Task[tuple[str, bytes]]) -> None:
+async def test_a_write_lets_fills_go_first(
+    walk: Walk, filling: asyncio.Task[tuple[str, bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It begins once none is under way; it is on its way meanwhile, and keeps its RAM."""
-    await asyncio.sleep(0.3)  # longer than it takes for quiet
+    assert walk.store._behind._quiet is None  # the fill has put off what would let it begin
+    await walk.nvme._folder.settled()
     assert walk.disk.calls["write"] == 0
     assert walk.files() == []
     assert walk.store._behind.busy
     assert walk.echo.gate is not None
+    monkeypatch.setattr("cache.store.behind._QUIET_S", 0.0)
     walk.echo.gate.set()
     await filling
     await walk.settled()
@@ -83,38 +93,29 @@ async def test_many_writes_wait_for_nobody(walk: Walk, filling: asyncio.Task[tup
     assert walk.files() == []
     gate, walk.echo.gate = walk.echo.gate, None
     await walk.get(THIRD)
-    while len(walk.files()) < 4:
-        await asyncio.sleep(0.002)
+    await until(lambda: len(walk.files()) >= 4)
     walk.echo.gate = gate
 
 
-async def test_ram_that_is_needed_waits_for_nobody(tmp_path: Path) -> None:
-    """Once what only passes through RAM, as packs do that wait to be written, has a quarter of it, it is written."""
-    settings = StoreSettings(revalidate="events", write_behind=100, write_behind_patience_s=FOREVER)
-    async with walking(tmp_path, settings=settings) as walk:
-        for ref in (FIRST, SECOND, THIRD):
-            walk.archive.write(ref, OBJECTS)
-        await walk.get(FIRST)
-        walk.echo.gate = asyncio.Event()
-        task = asyncio.create_task(walk.get(SECOND))
-        while len(walk.files()) < 2:
-            await asyncio.sleep(0.002)
-        assert not task.done()
-        walk.echo.gate.set()
-        await task
-
-
-async def test_patience_ends(tmp_path: Path) -> None:
-    """A write that has let fills go first for as long as it may begins beside them."""
-    settings = StoreSettings(revalidate="events", write_behind_patience_s=0.01)
-    async with walking(tmp_path, settings=settings) as walk:
+@pytest.mark.parametrize(
+    ("ram", "settings"),
+    [
+        # a quarter of RAM has what only passes through it, as packs do that wait to be written
+        (512 * KIB, StoreSettings(revalidate="events", write_behind=100, write_behind_patience_s=FOREVER)),
+        # it has let fills go first for as long as it may
+        (8 * MIB, StoreSettings(revalidate="events", write_behind=100, write_behind_patience_s=0.01)),
+    ],
+    ids=["RAM is needed", "patience ends"],
+)
+async def test_a_write_waits_for_nobody_once(ram: int, settings: StoreSettings, tmp_path: Path) -> None:
+    """It then begins beside the fill that is under way."""
+    async with walking(tmp_path, ram=ram, settings=settings) as walk:
         for ref in (FIRST, SECOND):
             walk.archive.write(ref, OBJECTS)
         await walk.get(FIRST)
         walk.echo.gate = asyncio.Event()
         task = asyncio.create_task(walk.get(SECOND))
-        while len(walk.files()) < 2:
-            await asyncio.sleep(0.002)
+        await until(lambda: len(walk.files()) >= 2)
         assert not task.done()
         walk.echo.gate.set()
         await task

@@ -16,7 +16,7 @@ from cache.keys import SeriesRef, TensorRef
 from cache.nvme import NvmeSettings, NvmeTier
 from cache.nvme.disk import page_aligned
 from cache.nvme.faults import DiskFaultPlan, FaultyDisk
-from tests.cache.walk import KIB, MIB, QUICK, Walk, content, walking
+from tests.cache.walk import KIB, MIB, QUICK, Walk, content, until, walking
 from tests.conformance.tier import FakeClock, held, payload_of, tensor
 
 REFS = [SeriesRef("1.2", f"1.2.{number}") for number in range(6)]
@@ -25,12 +25,6 @@ DATA = b"".join(OBJECTS)
 READS_HANG = DiskFaultPlan(hang=1, methods=("read",))
 #: Longer than any deadline here.
 LONG = 3600.0
-
-
-async def until(true: Callable[[], bool]) -> None:
-    """Return once it holds; what it waits for is some milliseconds away."""
-    while not true():
-        await asyncio.sleep(0.002)
 
 
 # -- the disk alone
@@ -214,7 +208,7 @@ async def test_writes_that_wait_behind_a_stuck_one_end(tier: NvmeTier, clock: Fa
     await asyncio.to_thread(disk.until_hanging)
     while tier.takes_writes:
         clock.advance(LONG)
-        await asyncio.sleep(0.005)
+        await asyncio.sleep(0.005)  # the tier looks every two milliseconds, and once is not enough
     assert await asyncio.gather(*behind) == [False, False]
     assert not first.done()
     with pytest.raises(DiskFailing):
@@ -386,7 +380,7 @@ async def test_a_disk_that_hangs_degrades_to_the_origin_and_comes_back(walk: Wal
     assert (await walk.get(in_ram))[0] == "ram"
     while walk.states[-1] != "read out":
         walk.clock.advance(LONG)
-        await asyncio.sleep(0.002)
+        await asyncio.sleep(0.002)  # the tier looks as often, and once is not enough
     assert [state for state in walk.states if state.startswith("read")] == ["read slow", "read failing", "read out"]
     walk.heal()
     await until(lambda: walk.nvme.health["read"].name == "SLOW")

@@ -27,6 +27,7 @@ from cache.nvme import NvmeSettings, NvmeTier
 from cache.nvme.disk import Disk, page_aligned
 from cache.nvme.head import FORMAT, head_nbytes
 from cache.pack import Layout
+from tests.cache.walk import until
 from tests.conformance.tier import FakeClock, TierConformance, held, pack, payload_of, tensor
 
 MIB = 1 << 20
@@ -850,8 +851,7 @@ async def test_a_scrub_finds_decay_that_nobody_reads(tmp_path: Path) -> None:
         flip(file_of(tier._settings, entries[0]), head_nbytes(entries[0].nbytes) + CHUNK + 1)
         flip(file_of(tier._settings, entries[1]), 600)
         scrubbing = asyncio.create_task(tier.scrub())
-        while tier.corrupted < 2:
-            await asyncio.sleep(0.001)
+        await until(lambda: tier.corrupted >= 2)
         scrubbing.cancel()
         await asyncio.wait([scrubbing])
         assert [await held(tier, entry) for entry in entries] == [False, False, True]

@@ -28,16 +28,11 @@ from cache.origin.faults import FaultPlan, FaultyOrigin
 from cache.store import Bypassed, Filled, Hit, Outcome, StoreSettings
 from cache.urgency import Priority
 from cache.workers.pool import Workers, WorkerSettings
-from tests.cache.walk import KIB, RECIPES, Echo, Walk, content, made, walking
+from tests.cache.walk import KIB, RECIPES, Echo, Walk, content, made, objects, until, walking
 
 ONE = SeriesRef("1.2.1", "1.2.1.1")
 TWO = SeriesRef("1.2.2", "1.2.2.1")
 EVENTS = StoreSettings(revalidate="events")
-
-
-def objects(seed: int, count: int = 3, nbytes: int = 10 * KIB) -> list[bytes]:
-    """Objects of a series, others for another seed."""
-    return [bytes([seed, number]) * (nbytes // 2 + number) for number in range(count)]
 
 
 @pytest.fixture
@@ -151,8 +146,7 @@ def versions(walk: Walk) -> set[str]:
 
 async def until_one_version(walk: Walk) -> None:
     async with asyncio.timeout(60):
-        while len(versions(walk)) > 1:
-            await asyncio.sleep(0.01)
+        await until(lambda: len(versions(walk)) <= 1)
 
 
 @pytest.mark.slow
@@ -177,13 +171,11 @@ async def test_an_old_version_that_is_still_made(walk: Walk) -> None:
     """A fill that began before the series changed ends, for those who wait for it; nothing of it stays."""
     walk.echo.gate = asyncio.Event()
     asked = asyncio.create_task(walk.get(ONE))
-    while not walk.echo.derived:
-        await asyncio.sleep(0.001)
+    await until(lambda: walk.echo.derived > 0)
     walk.archive.write(ONE, objects(1, count=4))
     walk.store.changed(ONE)
     after = asyncio.create_task(walk.get(ONE))
-    while walk.echo.derived < 2:
-        await asyncio.sleep(0.001)
+    await until(lambda: walk.echo.derived >= 2)
     walk.echo.gate.set()
     assert (await asked)[1] == made("plain", objects(1))
     assert (await after)[1] == made("plain", objects(1, count=4))
@@ -205,7 +197,7 @@ async def test_an_old_version_that_a_crash_has_kept(tmp_path: Path) -> None:
         await walk.get(ONE)
         await walk.settled()
         held.release()
-        walk.nvme.evict = kept  # type: ignore[method-assign]
+        walk.nvme.evict = kept  # type: ignore[method-assign]  # the method that it was
     async with walking(tmp_path, settings=EVENTS) as walk:
         assert len(versions(walk)) == 2
         await walk.store.drop_outdated()
@@ -291,11 +283,9 @@ async def test_a_result_waits_for_what_another_fill_holds(walk: Walk) -> None:
         walk.archive.write(ref, objects(seed, count=4, nbytes=33 * KIB))
     walk.echo.gate = asyncio.Event()
     first = asyncio.create_task(walk.get(ONE))
-    while not walk.echo.derived:
-        await asyncio.sleep(0.001)
+    await until(lambda: walk.echo.derived > 0)
     second = asyncio.create_task(walk.get(TWO))
-    while walk.ears.stages["inspect"] < 2:
-        await asyncio.sleep(0.001)
+    await until(lambda: walk.ears.stages["inspect"] >= 2)
     assert not second.done()
     walk.echo.gate.set()
     for seed, asked in enumerate((first, second)):
@@ -352,8 +342,7 @@ async def partly_decoded(walk: Walk, monkeypatch: pytest.MonkeyPatch) -> tuple["
 
     monkeypatch.setattr(walk.origin, "fetch", held)
     asking = asyncio.create_task(walk.store.get(TensorRef(ONE, "plain")))
-    while not walk.echo.rooms:
-        await asyncio.sleep(0.001)
+    await until(lambda: bool(walk.echo.rooms))
     return asking, there
 
 

@@ -15,7 +15,7 @@ from cache.keys import SeriesRef, TensorRef
 from cache.store import Filled, Hit, StoreSettings
 from cache.urgency import Priority
 from serving.models import TritonEncoder
-from tests.cache.walk import EMBEDDINGS, KIB, Oracle, Walk, content, made, said, walking
+from tests.cache.walk import EMBEDDINGS, KIB, Oracle, Walk, content, made, said, until, walking
 
 ONE = SeriesRef("1.2.1", "1.2.1.1")
 TWO = SeriesRef("1.2.2", "1.2.2.1")
@@ -40,11 +40,6 @@ def word(model: ModelIdentity = FIRST, recipe: str = "plain", ref: SeriesRef = O
 
 def kinds(walk: Walk, tier: str) -> list[str]:
     return sorted(resident.key.kind for resident in walk.store.residents() if resident.tier == tier)
-
-
-async def until(walk: Walk, *, encodings: int) -> None:
-    while len(walk.oracle.calls) < encodings:
-        await asyncio.sleep(0)
 
 
 def test_tritons_encoder_fits_the_seam() -> None:
@@ -162,7 +157,7 @@ async def test_a_model_that_changes_while_it_runs_is_run_again(walk: Walk) -> No
     await walk.get(TWO, "word_of_plain")
     walk.oracle.gate = asyncio.Event()
     asking = asyncio.create_task(walk.get(ONE, "word_of_plain"))
-    await until(walk, encodings=1)
+    await until(lambda: bool(walk.oracle.calls))
     walk.oracle.model = SECOND
     walk.oracle.gate.set()
     assert await asking == ("origin", word(SECOND))
@@ -232,7 +227,7 @@ async def test_callers_join_one_inference(walk: Walk) -> None:
     """Twenty callers cost one decode and one inference, though the first of them leaves."""
     walk.oracle.gate = asyncio.Event()
     asking = [asyncio.create_task(walk.get(ONE, "word_of_plain")) for _ in range(20)]
-    await until(walk, encodings=1)
+    await until(lambda: bool(walk.oracle.calls))
     asking[0].cancel()
     with pytest.raises(asyncio.CancelledError):
         await asking[0]
@@ -246,7 +241,7 @@ async def test_the_tensor_stays_until_the_model_has_read_it(walk: Walk) -> None:
     await walk.get(ONE, "plain")
     walk.oracle.gate = asyncio.Event()
     asking = asyncio.create_task(walk.get(ONE, "word_of_plain"))
-    await until(walk, encodings=1)
+    await until(lambda: bool(walk.oracle.calls))
     await walk.store.close()
     with contextlib.suppress(asyncio.CancelledError):
         await asking
@@ -283,8 +278,8 @@ async def test_demand_moves_a_warm_embeddings_tensor_ahead(tmp_path: Path) -> No
         walk.echo.gate = asyncio.Event()
         warm = [asyncio.create_task(get(ref, "plain", Priority.WARM)) for ref in refs[:3]]
         warm.append(asyncio.create_task(get(refs[3], "word_of_plain", Priority.WARM)))
-        while walk.store.under_way != (2, 3):  # a fill and the encoding that waits for its own; three fills wait
-            await asyncio.sleep(0.001)
+        # a fill and the encoding that waits for its own; three fills wait
+        await until(lambda: walk.store.under_way == (2, 3))
         demand = asyncio.create_task(get(refs[3], "word_of_plain", Priority.DEMAND))
         (flight,) = walk.store._encodings._flights.values()
         while flight.waiters < 2:

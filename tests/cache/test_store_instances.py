@@ -6,19 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from cache.errors import NotFound, UnknownStudy
+from cache.errors import NotFound, OriginDown, UnknownStudy
 from cache.keys import SeriesRef
 from cache.origin.faults import FaultPlan
 from cache.store import StoreSettings
 from cache.store.outcome import Instance
-from tests.cache.walk import KIB, Walk, made, walking
+from tests.cache.walk import Walk, made, objects, walking
 
 ONE = SeriesRef("1.2.1", "1.2.1.1")
-
-
-def objects(seed: int, count: int = 3, nbytes: int = 10 * KIB) -> list[bytes]:
-    """Objects of a series, others for another seed."""
-    return [bytes([seed, number]) * (nbytes // 2 + number) for number in range(count)]
 
 
 @pytest.fixture
@@ -127,7 +122,7 @@ async def test_a_series_that_is_not_there(walk: Walk) -> None:
 async def test_a_fetch_that_fails_leaves_nothing(walk: Walk) -> None:
     """The error is the origin's, the space is given back, and the next request goes well."""
     walk.origin.plan = FaultPlan(down=1, methods=("fetch",))
-    with pytest.raises(Exception, match="down, as planned"):
+    with pytest.raises(OriginDown, match="down, as planned"):
         await walk.store.instance(ONE, "0")
     await walk.settled()
     assert walk.leaks() == []

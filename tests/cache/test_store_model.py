@@ -45,7 +45,7 @@ from cache.nvme.disk import allocated_below
 from cache.nvme.faults import DiskFaultPlan
 from cache.origin.faults import FaultPlan
 from cache.store import Bypassed, Outcome, StoreSettings
-from tests.cache.walk import EMBEDDINGS, KIB, MIB, Walk, content, made, said, walking
+from tests.cache.walk import EMBEDDINGS, KIB, MIB, Walk, content, made, said, until, walking
 from tests.conformance.tier import FakeClock
 
 T = TypeVar("T")
@@ -172,8 +172,7 @@ class StoreMachine(RuleBasedStateMachine):
     def heal(self) -> None:
         async def healthy() -> None:
             await self.walk.settled()
-            while not all(state <= State.SLOW for state in self.walk.nvme.health.values()):
-                await asyncio.sleep(0.002)
+            await until(lambda: all(state <= State.SLOW for state in self.walk.nvme.health.values()))
 
         self.walk.heal()
         self.run(healthy())

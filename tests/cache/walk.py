@@ -65,6 +65,17 @@ def made(recipe: str, objects: Iterable[bytes]) -> bytes:
     return whole if recipe == "plain" else whole.translate(_TURNED)
 
 
+def objects(seed: int, count: int = 3, nbytes: int = 10 * KIB) -> list[bytes]:
+    """Objects of a series, others for another seed."""
+    return [bytes([seed, number]) * (nbytes // 2 + number) for number in range(count)]
+
+
+async def until(true: Callable[[], bool]) -> None:
+    """Return once it holds."""
+    while not true():
+        await asyncio.sleep(0.001)  # threads bring it about, or tasks of the store's own: none of them tells anybody
+
+
 class Echo:
     """A Deriver: the volume is the objects' bytes, one after another.
 
@@ -275,10 +286,13 @@ class Walk:
 
     async def settled(self) -> None:
         """Return when no fill or listing is under way and nothing waits to be written or refreshed."""
-        store = self.store
-        while store.under_way != (0, 0) or store._behind.busy or store._listings.refreshing or store._listings._flights:
+        store, listings = self.store, self.store._listings
+
+        def over() -> bool:
             store._behind.hurry()  # no fill will come that it might let go first
-            await asyncio.sleep(0.001)
+            return store.under_way == (0, 0) and not (store._behind.busy or listings.refreshing or listings._flights)
+
+        await until(over)
         await self.nvme._folder.settled()
 
     async def get(self, ref: SeriesRef, recipe: str = "plain", namespace: str = "serving") -> tuple[str, bytes]:

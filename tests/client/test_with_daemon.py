@@ -33,7 +33,7 @@ def eventually(holds: Callable[[], bool]) -> None:
     for _ in range(600):
         if holds():
             return
-        time.sleep(0.05)
+        time.sleep(0.05)  # another process, which tells this only when asked
     raise AssertionError("it did not come true")
 
 

@@ -357,7 +357,7 @@ class QueueMachine(RuleBasedStateMachine):
     """Whatever happens in whatever order, an accepted event is waiting, carried out, or set aside after a try."""
 
     async def open(self) -> ArrivalQueue:
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of queue says how; abc's metaclass does not go with Hypothesis'
 
     async def reopened(self) -> ArrivalQueue:
         """The same queue after its daemon was started again; what had been handed out is given back."""

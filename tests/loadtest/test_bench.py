@@ -2,10 +2,15 @@
 
 import argparse
 import asyncio
+import contextlib
 import importlib
 import os
+import select
+import signal
+import subprocess
 from collections import Counter
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from aiohttp import web
@@ -16,7 +21,6 @@ from loadtest.peers import PEERS
 from loadtest.peers.archives import parts
 from loadtest.scenarios.ramp import users
 from loadtest.scenarios.restart import windows
-from loadtest.stand import descendants
 from tests.loadtest.conftest import Serve
 from tests.loadtest.test_report import track
 
@@ -56,13 +60,56 @@ def test_a_scenario_that_breaks_is_a_line_of_the_report(tmp_path: Path, monkeypa
     assert report.failures["broken"].startswith("exit status 1")
 
 
+SHORT_S = 0.2
+
+
+class Begun(subprocess.Popen[bytes]):
+    """A scenario whose time begins once the program and its child run, however slow the machine is."""
+
+    folder: ClassVar[Path]
+    running: ClassVar[list[int]] = []  # handles of both, which can be read once their process has ended
+
+    def wait(self, timeout: float | None = None) -> int:
+        if timeout == SHORT_S:
+            pids = (self.folder / "pids").read_text().split()
+            self.running.extend(os.pidfd_open(int(pid)) for pid in pids)
+        return super().wait(timeout)
+
+
+STUCK = """
+import os, subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
+with open("pids", "w") as told:
+    told.write(f"{os.getpid()} {child.pid}")
+child.wait()
+"""
+
+
 def test_a_scenario_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It and all that it started."""
-    before = set(descendants(os.getpid()))
-    monkeypatch.setitem(bench.SCENARIOS, "burst", bench.Scenario(("--short",), (), 0.2, 0.2))
-    report = bench.bench(options(tmp_path, "burst"))
-    assert report.failures == {"burst": "it did not end within 0 s"}
-    assert set(descendants(os.getpid())) <= before
+    """It and all that it started, which would go on for days."""
+    scenarios = tmp_path / "loadtest" / "scenarios"
+    scenarios.mkdir(parents=True)
+    for folder in (scenarios.parent, scenarios):
+        (folder / "__init__.py").touch()
+    (scenarios / "stuck.py").write_text(STUCK)
+    os.mkfifo(tmp_path / "pids")  # to open it is to wait for the other side
+    monkeypatch.setattr("loadtest.bench.ROOT", tmp_path)
+    monkeypatch.setattr("subprocess.Popen", Begun)
+    monkeypatch.setattr(Begun, "folder", tmp_path, raising=False)
+    monkeypatch.setattr(Begun, "running", [])
+    monkeypatch.setitem(bench.SCENARIOS, "stuck", bench.Scenario((), (), SHORT_S, SHORT_S))
+    report = bench.bench(options(tmp_path / "out", "stuck"))
+    assert report.failures == {"stuck": "it did not end within 0 s"}
+    running = Begun.running
+    assert len(running) == 2
+    try:
+        for process in running:
+            assert select.select([process], [], [], 30)[0], "it goes on running"
+    finally:
+        for process in running:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(process, signal.SIGKILL)
+            os.close(process)
 
 
 def test_an_error_belongs_to_what_was_away() -> None:

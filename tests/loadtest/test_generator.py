@@ -28,7 +28,7 @@ class Stalling:
         async with self._one:
             if self._first:
                 self._first = False
-                await asyncio.sleep(STALL_S)
+                await asyncio.sleep(STALL_S)  # the stall itself: loads are made by the clock
             return Answer(nbytes=1)
 
 

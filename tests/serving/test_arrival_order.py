@@ -21,7 +21,7 @@ from serving.arrivals.sqlite import SqliteQueue
 from serving.filler import Filler, WarmSettings
 from serving.plan import PlanSettings, default_rule
 from serving.warm import Warmer
-from tests.cache.walk import KIB, Walk, made, walking
+from tests.cache.walk import KIB, Walk, made, until, walking
 from tests.conformance.queue import A, B
 from tests.serving.test_arrivals import Hurry
 
@@ -75,11 +75,10 @@ async def carried_out(queue: SqliteQueue, walk: Walk) -> None:
     """Return when no event waits, and nothing is written or dropped any more."""
     async with asyncio.timeout(100):
         while (depth := await queue.depth()).new or depth.assigned:
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(0.001)  # its file is written by threads, and is only asked
         assert depth.dead == 0
         await walk.settled()
-        while walk.store._outdated.keys:
-            await asyncio.sleep(0.01)
+        await until(lambda: not walk.store._outdated.keys)
 
 
 async def check(walk: Walk) -> None:

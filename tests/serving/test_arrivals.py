@@ -164,7 +164,7 @@ def of(ref: SeriesRef, number: int) -> Event:
 async def until(queue: ArrivalQueue, **depth: int) -> None:
     async with asyncio.timeout(30):
         while await counts(queue) != depth:
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(0.005)  # the warmer's tasks bring it about, and tell nobody
 
 
 async def test_what_arrives_gets_warm(path: Path) -> None:
@@ -246,7 +246,7 @@ async def test_what_comes_while_its_series_is_warmed(path: Path) -> None:
         await warmer.accept([of(A, 2), of(B, 3)])
         await until(queue, assigned=3)
         while ("changed", B) not in store.trace:
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(0.001)  # the warmer's tasks bring it about, and tell nobody
         assert store.trace.count(("changed", A)) == 1
         store.go.set()
         await until(queue, done=3)
@@ -278,7 +278,7 @@ async def test_done_is_what_outlives_a_crash(path: Path) -> None:
         refs = [SeriesRef("1.2", f"1.2.{number}") for number in range(4)]
         await warmer.accept([of(ref, number) for number, ref in enumerate(refs)])
         while store.gets < 4 or await warmer.waiting("1.2"):
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(0.001)  # the warmer's tasks bring it about, and tell nobody
         assert await counts(queue) == {"assigned": 4}
         store.on_disk.set()
         await until(queue, done=4)
@@ -330,7 +330,7 @@ async def test_a_folder_that_arrived(path: Path, key: str, prefix: str) -> None:
     async with warming(path, store) as (warmer, _):
         await warmer.accept([Event("id-1", "healthimaging", "created", key=key, expected=7)])
         while not {("changed", A), ("changed", B)} <= {each for each in store.trace if isinstance(each, tuple)}:
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(0.005)  # the warmer's tasks bring it about, and tell nobody
     assert store.trace[0] == ("under", prefix)
 
 
@@ -397,14 +397,14 @@ async def test_from_the_bucket_to_ram(tmp_path: Path, bucket: Bucket, s3: S3Serv
         await s3.put(name, files)
         async with asyncio.timeout(120):
             while not (await in_ram(daemon, ref) and await ready(daemon, ref)):
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(0.05)  # another process, which tells this only when asked
         assert daemon.metric("voxcache_arrival_events_total", news="new") == 6
         answer = await asyncio.to_thread(daemon.tensor, ref)
         assert (answer.status, answer.headers["Voxcache-Tier"]) == (200, "ram")
         await s3.delete(name, next(iter(files)))
         async with asyncio.timeout(120):
             while (await asyncio.to_thread(daemon.tensor, ref)).headers.get("Voxcache-Tier") == "ram":
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(0.05)  # another process, which tells this only when asked
 
 
 async def ready(daemon: Daemon, ref: SeriesRef) -> bool:

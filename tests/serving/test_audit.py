@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from pydicom.sr._concepts_dict import concepts
@@ -281,7 +281,7 @@ def until(condition: Callable[[], bool]) -> None:
     """Return once it holds; the test's own time limit ends a wait for what never comes."""
     pause = threading.Event()
     while not condition():
-        pause.wait(0.001)
+        pause.wait(0.001)  # a thread or another process brings it about, and tells nobody
 
 
 # ------------------------------------------------------------------ what becomes of the files
@@ -390,13 +390,14 @@ def test_records_that_were_cut_off_while_nobody_looked_are_missed(tmp_path: Path
 # ------------------------------------------------------------------ at full length
 
 WRITER = """
+import signal
 import sys
 import time
 from pathlib import Path
 from cache.interfaces import SystemClock
 from serving.audit import Agent, Audit, AuditSettings, Spool
 from serving.audit.record import READ
-path, first, count = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+path, first, count, end = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 settings = AuditSettings(flush_s=0.001, file_bytes=8 << 20, head_s=0.2, waiting=1 << 20)
 audit = Audit(settings, Spool(settings, path / "audit", path / "audit.head", b"k" * 32, "node-1"), SystemClock())
 audit.start()
@@ -404,15 +405,17 @@ print("writes", flush=True)
 who = Agent("http", "", "127.0.0.1")
 for number in range(first, first + count):
     audit.note(READ, who, f"1.2.3.{number}")
+if end == "killed":
+    signal.pause()
 while audit.backlog:  # its end would wait for some seconds only
-    time.sleep(0.01)
+    time.sleep(0.01)  # its writer is a thread, which tells nobody
 audit.close()
 """
 
 
-def writer(path: Path, first: int, count: int) -> "subprocess.Popen[bytes]":
-    """A process that notes so many acts."""
-    command = [sys.executable, "-c", WRITER, str(path), str(first), str(count)]
+def writer(path: Path, first: int, count: int, end: Literal["closed", "killed"]) -> "subprocess.Popen[bytes]":
+    """A process that notes so many acts, and then ends or waits for its end."""
+    command = [sys.executable, "-c", WRITER, str(path), str(first), str(count), end]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert process.stdout is not None
     process.stdout.readline()
@@ -422,7 +425,8 @@ def writer(path: Path, first: int, count: int) -> "subprocess.Popen[bytes]":
 @pytest.mark.slow
 def test_among_100_000_records_exactly_what_was_done_is_found(tmp_path: Path) -> None:
     """One was changed, one removed, and the process that wrote them killed in between: that is found, and no more."""
-    with writer(tmp_path, 0, 1_000_000) as process:
+    # too few for 90 000, however late we come, and more than enough for as many bytes
+    with writer(tmp_path, 0, 80_000, "killed") as process:
         until(lambda: sum(path.stat().st_size for path in files(tmp_path / "audit")) > 15 << 20)
         process.send_signal(signal.SIGKILL)
     [*_, last] = files(tmp_path / "audit")
@@ -432,7 +436,7 @@ def test_among_100_000_records_exactly_what_was_done_is_found(tmp_path: Path) ->
     survived = verdict.last
     assert 10_000 < survived < 90_000
     assert found(verdict) == [("torn", 0, 0)]
-    with writer(tmp_path, 1_000_000, 100_000 - survived) as process:
+    with writer(tmp_path, 1_000_000, 100_000 - survived, "closed") as process:
         assert process.wait(120) == 0
 
     head = read_head(tmp_path / "audit.head")

@@ -4,11 +4,12 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from cache.attributes import Attributes
-from cache.errors import NotFound, OriginDown, UnknownStudy
+from cache.errors import NotFound, OriginDown, UnknownStudy, WorkerDied
 from cache.flight import FlightSettings
 from cache.keys import SeriesRef, TensorRef
 from cache.origin.faults import FaultPlan
@@ -16,7 +17,7 @@ from cache.store import StoreSettings
 from serving.filler import Filler, Job, WarmSettings
 from serving.log import code_of
 from serving.plan import Fill, PlanSettings, PriorsRule, Rule, default_rule
-from tests.cache.walk import Walk, walking
+from tests.cache.walk import Walk, until, walking
 
 SERIES = [SeriesRef("1.2", f"1.2.{number}") for number in range(1, 5)]
 DAY = 86400.0
@@ -128,6 +129,69 @@ async def test_bytes_on_their_way_are_bounded(tmp_path: Path) -> None:
         await ended(filler, job)
         walk.archive.write(big := SeriesRef("1.3", "1.3.1"), [bytes(100)])
         assert (await ended(filler, filler.warm_all([fill(big)]))).done == 1
+
+
+class Rests:
+    """Stands for ``asyncio.sleep`` of the filler's: keeps how long it is to rest, and lets it go when told."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.begun = asyncio.Event()
+        self.over = asyncio.Event()
+
+    async def sleep(self, seconds: float) -> None:
+        self.seconds.append(seconds)
+        self.begun.set()
+        await self.over.wait()
+
+
+@asynccontextmanager
+async def asked_meanwhile(
+    path: Path, monkeypatch: pytest.MonkeyPatch, took: float
+) -> AsyncIterator[tuple[Walk, Filler, Job, Rests]]:
+    """Two series are warmed in one lane: while the first was, which took so long, a request was answered."""
+    async with filling(path, WarmSettings(parallel=1)) as (walk, filler):
+        rests = Rests()
+        # the filler's alone: the store and the event loop go by the real ones
+        monkeypatch.setattr("serving.filler.asyncio", SimpleNamespace(**(vars(asyncio) | {"sleep": rests.sleep})))
+        monkeypatch.setattr("serving.filler.time", SimpleNamespace(perf_counter=walk.clock.monotonic))
+        await walk.get(SERIES[3])
+        walk.echo.gate = asyncio.Event()
+        job = filler.warm_all([fill(SERIES[0]), fill(SERIES[1])])
+        await until(lambda: walk.echo.derived == 2)
+        assert (await walk.get(SERIES[3]))[0] == "ram"
+        walk.clock.advance(took)
+        walk.echo.gate.set()
+        yield walk, filler, job, rests
+
+
+@pytest.mark.parametrize(("took", "rest"), [(0.25, 0.25), (30.0, 0.5)])
+async def test_a_lane_rests_where_somebody_was_answered(
+    took: float, rest: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as its entry took, within a bound: that is told as done, and the next, made after that, needs no rest."""
+    async with asked_meanwhile(tmp_path, monkeypatch, took) as (walk, filler, job, rests):
+        await rests.begun.wait()
+        assert rests.seconds == [rest]
+        assert (job.done, walk.echo.derived, walk.store.under_way) == (1, 2, (0, 0))
+        rests.over.set()
+        await ended(filler, job)
+        assert (job.done, rests.seconds) == (2, [rest])
+
+
+async def test_a_lane_whose_warm_up_fails_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It took its time on the cores all the same: it is told at once, and the next one is tried after the rest."""
+    async with asked_meanwhile(tmp_path, monkeypatch, 30.0) as (walk, filler, job, rests):
+        walk.echo.derive_fault = WorkerDied("died")
+        await rests.begun.wait()
+        assert (job.failures, walk.echo.derived, rests.seconds) == (1, 2, [0.5])
+        rests.over.set()
+        await ended(filler, job)
+        assert job.failed == {f"{ref.study}/{ref.series}/plain": WorkerDied.code for ref in SERIES[:2]}
+        assert (job.done, walk.echo.derived, rests.seconds) == (0, 3, [0.5])
+        walk.heal()
+        again = await ended(filler, filler.warm_all([fill(SERIES[0]), fill(SERIES[1])]))
+        assert (again.done, again.failures) == (2, 0)
 
 
 async def test_demand_joins_a_warm_up(tmp_path: Path) -> None:

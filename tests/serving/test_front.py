@@ -19,6 +19,7 @@ from cache.errors import DeadlinePassed, Overloaded
 from serving.admission import Admission, AdmissionSettings
 from serving.demo.tritonserver import MODELS, TritonServer
 from serving.peers import Process, far_end, listener
+from tests.cache.walk import until
 from tests.serving.doors import (
     SERIES,
     STUDY,
@@ -199,7 +200,7 @@ async def test_each_model_is_asked_of_the_server_that_has_it(triton: TritonServe
         await asyncio.to_thread(other.start)
         try:
             while not all((await front.front.triton.checks()).values()):
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(0.02)  # another process, which tells this only when asked
             for door, client in (("http", http_client), ("grpc", grpc_client)):
                 assert await ask("solo", door, client) == await ask("embed", door, client) == before
             _, index = await front.say("POST", "/v2/repository/index")
@@ -219,8 +220,7 @@ async def test_the_arena_is_registered_before_anybody_asks(front: Doors) -> None
     """Also again, when Triton has restarted."""
     front.front.triton.keep_registered()
     [server] = front.front.triton.servers
-    while not server.registered:
-        await asyncio.sleep(0.01)
+    await until(lambda: server.registered)
     assert await front.region() == front.front.triton.arena.region
 
 
@@ -359,8 +359,7 @@ async def test_more_than_can_wait_are_told_to_come_back(
             await readable(begun)
             given = [reference(f"{STUDY}/{SERIES}/ct", client=client)]
             waiting = asyncio.create_task(front.over(door, lambda c: c.infer("embed.ref", given)))
-            while not front.front.admission.waiting:
-                await asyncio.sleep(0.01)
+            await until(lambda: front.front.admission.waiting > 0)
             with pytest.raises(InferenceServerException, match="retry later") as caught:
                 await front.over(door, lambda c: c.infer("embed.ref", given))
             assert caught.value.status() == {"http": "503", "grpc": "StatusCode.RESOURCE_EXHAUSTED"}[door]

@@ -27,7 +27,7 @@ from serving.demo.daemon import DaemonError
 from serving.handoff import LONGEST_LINE, MOST_WAITING, Handoff
 from serving.leasing import LeaseAnswer, Lessor
 from serving.metrics import Metrics
-from tests.cache.walk import Walk, walking
+from tests.cache.walk import Walk, until, walking
 from tests.daemon import Bucket, Daemon
 from tests.serving.recording import recorder
 
@@ -52,8 +52,7 @@ class Rig:
 
     async def ended(self) -> None:
         """Return once the daemon has seen that every connection is closed."""
-        while self.handoff.connections:
-            await asyncio.sleep(0.001)
+        await until(lambda: not self.handoff.connections)
 
 
 class Asker:
@@ -254,8 +253,7 @@ class TestEnds:
         await rig.walk.settled()
         assert rig.walk.pins() == 3
         one.writer.close()
-        while len(rig.handoff.connections) > 1:
-            await asyncio.sleep(0.001)
+        await until(lambda: len(rig.handoff.connections) <= 1)
         assert rig.walk.pins() == 1
 
     async def test_an_expired_lease_is_not_the_connections_any_more(self, rig: Rig) -> None:
@@ -348,7 +346,7 @@ def eventually(holds: Callable[[], bool]) -> None:
     for _ in range(600):
         if holds():
             return
-        time.sleep(0.05)
+        time.sleep(0.05)  # another process, which tells this only when asked
     raise AssertionError("it did not come true")
 
 

@@ -19,6 +19,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 from serving.demo.tritonserver import TritonServer
+from tests.cache.walk import until
 from tests.serving.doors import (
     NBYTES,
     SERIES,
@@ -121,7 +122,7 @@ class Gate:
                 found = [float(line) for line in (self.path / "sums").read_text().splitlines()]
                 if len(found) >= count:
                     return found
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.01)  # Triton, another process, writes it
 
 
 @pytest.fixture
@@ -256,8 +257,7 @@ async def test_a_stream_whose_client_has_gone_keeps_its_tensors(front: Doors, ga
         await stream.write(named(gate.path))
         await stream.write(named(gate.path))
         await gate.begun()
-        while front.shelf.pins < 2:
-            await asyncio.sleep(0.01)
+        await until(lambda: front.shelf.pins >= 2)
         stream.cancel()
         assert not front.shelf.reuse("ct", WRONG)
         gate.open()

@@ -62,7 +62,7 @@ async def test_over_http(client: Client, store: FakeStore) -> None:
     assert await answer.json() == {"requeued": 1}
     assert await letters(client) == []
     while store.gets < 2:
-        await asyncio.sleep(0.001)
+        await asyncio.sleep(0.001)  # the warmer's tasks bring it about, and tell nobody
 
 
 @pytest.mark.parametrize("limit", ["0", "1001", "x", "-1", ""])
@@ -80,4 +80,4 @@ async def test_at_the_command_line(client: Client, store: FakeStore, capsys: pyt
     assert await asyncio.to_thread(cli.main, ["dead-letters", "--requeue", "id-1", "--url", url]) == 0
     assert "1 arrivals are tried anew" in capsys.readouterr().out
     while store.gets < 2:
-        await asyncio.sleep(0.001)
+        await asyncio.sleep(0.001)  # the warmer's tasks bring it about, and tell nobody

@@ -9,25 +9,18 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-import pytest_asyncio
 from aiohttp import ClientSession, web
 from aiohttp.test_utils import TestServer
 from playwright.async_api import Browser, expect
 
 from serving.api.page import Page
-from tests.browser import DESKTOP, NARROW, PHONE, Visit, chromium, visit
+from tests.browser import DESKTOP, NARROW, PHONE, Visit, visit
 from tests.conftest import ROOT
 
 UID = "1.2.826.0.1.3680043.8.498.1122334455667788990011223344556"
 FILES = sorted((ROOT / "serving" / "page").iterdir())
 
 in_one_browser = pytest.mark.asyncio(loop_scope="module")
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def browser() -> AsyncIterator[Browser]:
-    async with chromium() as opened:
-        yield opened
 
 
 # ------------------------------------------------------------------ a daemon's words

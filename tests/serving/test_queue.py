@@ -20,6 +20,7 @@ from serving.arrivals.complete import Gathered, Override, Rule, due_at, gathered
 from serving.arrivals.queue import ArrivalQueue, ArrivalSettings
 from serving.arrivals.redis import BEAT, RedisQueue, RedisSettings
 from serving.arrivals.sqlite import SqliteQueue
+from tests.cache.walk import until
 from tests.conformance.queue import (
     NOW,
     A,
@@ -256,8 +257,7 @@ async def nodes(redis: RedisServer, prefix: str) -> AsyncIterator[tuple[RedisQue
     chosen = settings(quiet_s=0.0, attempts=2)
     one, other = [await opened(redis, chosen, prefix=prefix, node=name) for name in ("one", "other")]
     async with closing(one), closing(other):
-        while not (one._checked and other._checked):  # their own first heartbeats are over
-            await asyncio.sleep(0.001)
+        await until(lambda: one._checked and other._checked)  # their own first heartbeats are over
         yield one, other
 
 

@@ -232,10 +232,10 @@ def test_a_codestream_cut_anywhere_is_undecodable(syntax: str) -> None:
             decode_frame(value[:end], fmt)
 
 
-def ends_well(work: Callable[[], object]) -> None:
-    """Do it in a process of its own, with a limit: some decoders go on for hours over a spoilt codestream.
+def ends_well(work: Callable[[], object], *, may_hang: bool) -> None:
+    """Do it in a process of its own, with a limit.
 
-    To be stopped by the limit is as good an end as any, as it is for a job of a worker.
+    Where it ``may_hang``, to be stopped by the limit is as good an end as any, as it is for a job of a worker.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # the child does nothing that a thread's lock could hold up
@@ -244,7 +244,7 @@ def ends_well(work: Callable[[], object]) -> None:
         status = 1
         try:
             signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process wherever it is, in C too
-            signal.alarm(5)
+            signal.alarm(5 if may_hang else 20)
             work()
             status = 0
         except BaseException:
@@ -252,7 +252,7 @@ def ends_well(work: Callable[[], object]) -> None:
         finally:
             os._exit(status)
     _, status = os.waitpid(child, 0)
-    assert status in (0, int(signal.SIGALRM))
+    assert status == 0 or (may_hang and status == signal.SIGALRM)
 
 
 @settings(max_examples=150)
@@ -270,7 +270,8 @@ def test_spoilt_codestreams_are_refused_or_keep_their_shape(syntax: str, random:
             assert decode_frame(bytes(value), fmt).shape == fmt.shape
         assert sys.unraisablehook is hook
 
-    ends_well(decode)
+    # OpenJPH goes on for hours over some codestreams
+    ends_well(decode, may_hang=syntax in (*HTJ2K_SYNTAXES, HTJ2K_LOSSY))
 
 
 def test_what_a_decoder_swallows_is_raised() -> None:
