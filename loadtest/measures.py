@@ -6,7 +6,7 @@ waited for it (Tene, "How NOT to Measure Latency": coordinated omission). ``serv
 """
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
@@ -120,8 +120,8 @@ class _Track:
     def __init__(self) -> None:
         self.latency = _histogram()
         self.service = _histogram()
-        self.windows: dict[int, _Window] = {}
-        self.stages: dict[str, Any] = {}
+        self.windows: defaultdict[int, _Window] = defaultdict(_Window)
+        self.stages: defaultdict[str, Any] = defaultdict(_histogram)
         self.errors: Counter[str] = Counter()
         self.tiers: Counter[str] = Counter()
         self.nbytes = 0
@@ -132,14 +132,12 @@ class Recorder:
 
     def __init__(self, seconds: float) -> None:
         self._width = window_width(seconds)
-        self._tracks: dict[str, _Track] = {}
+        self._tracks: defaultdict[str, _Track] = defaultdict(_Track)
 
     def note(self, track: str, due: float, sent: float, ended: float, answer: Answer) -> None:
         """One request. Of errors only their number counts: an error that comes fast must not make a run look fast."""
-        of = self._tracks.get(track)
-        if of is None:
-            of = self._tracks[track] = _Track()
-        window = of.windows.setdefault(int(due // self._width), _Window())
+        of = self._tracks[track]
+        window = of.windows[int(due // self._width)]
         if answer.error:
             of.errors[answer.error] += 1
             window.errors += 1
@@ -154,10 +152,7 @@ class Recorder:
             of.tiers[answer.tier] += 1
             window.hits += answer.tier in ("ram", "nvme")
         for name, milliseconds in answer.stages.items():
-            stage = of.stages.get(name)
-            if stage is None:
-                stage = of.stages[name] = _histogram()
-            stage.record_value(_microseconds(milliseconds / 1e3))
+            of.stages[name].record_value(_microseconds(milliseconds / 1e3))
 
     @property
     def counted(self) -> tuple[int, int]:

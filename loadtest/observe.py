@@ -39,7 +39,7 @@ import uvloop
 from cache.dicom.phantom import write_series
 
 from . import servers
-from .figures import at_most, quantile, say, summary
+from .figures import Bar, at_least, at_most, plain, quantile, say, summary
 
 RESULTS: Final = Path(__file__).resolve().parent / "results" / "observe.json"
 MIB: Final = 1 << 20
@@ -137,10 +137,6 @@ async def leases(url: str, wanted: Sequence[Study], at_a_time: int, tier: str) -
     return taken
 
 
-def nearest_rank(seconds: Sequence[float], share: float) -> float:
-    return sorted(seconds)[max(math.ceil(share * len(seconds)) - 1, 0)]
-
-
 def agree(folder: Path, hits: int) -> dict[str, Any]:
     """The p99 in milliseconds by tier, as each of the three tells it, and the raw seconds."""
     say(f"agree: {MISSES} misses, {hits} hits")
@@ -169,7 +165,7 @@ def agree(folder: Path, hits: int) -> dict[str, Any]:
     for tier, seconds in raw.items():
         assert inside[tier]["n"] == len(seconds)
         p99 = {
-            "samples": nearest_rank(seconds, 0.99) * 1e3,
+            "samples": quantile(seconds, 0.99),
             "in_process": inside[tier]["p99_ms"],
             "prometheus": (scraped[tier] or math.nan) * 1e3,
         }
@@ -338,7 +334,7 @@ def _cpu_s(pid: int) -> float:
 
 def verdict(raw: dict[str, Any]) -> dict[str, Any]:
     """Figures and bars."""
-    bars: list[dict[str, object]] = []
+    bars: list[Bar] = []
     figures: dict[str, Any] = {}
     if "agree" in raw:
         figures["agree"] = raw["agree"]["tiers"]
@@ -357,17 +353,10 @@ def verdict(raw: dict[str, Any]) -> dict[str, Any]:
             p50 = told["on"]["p50_ms"] / told["off"]["p50_ms"]
             cpu_us = {side: statistics.median(seen["cpu_s"]) * 1e6 for side, seen in sides.items()}
             figures["cost"][way] = {**told, "throughput": throughput, "p50": p50, "p99": p99, "cpu_us": cpu_us}
-            bars.append(
-                {
-                    "name": f"throughput_{way}",
-                    "value": round(throughput, 3),
-                    "bar": LEAST_THROUGHPUT,
-                    "ok": throughput >= LEAST_THROUGHPUT,
-                }
-            )
+            bars.append(at_least(f"throughput_{way}", throughput, LEAST_THROUGHPUT))
             bars.append(at_most(f"p99_{way}", p99, MOST_P99))
     machine = {"cores": os.cpu_count(), "python": platform.python_version(), "kernel": platform.release()}
-    return {"benchmark": "observe", "machine": machine, **figures, "bars": bars}
+    return {"benchmark": "observe", "machine": machine, **figures, "bars": plain(bars)}
 
 
 def main() -> int:

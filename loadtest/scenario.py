@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from .figures import say
+from .figures import plain, say
 from .outcome import Result
 
 #: What a scenario is given: its options. It gives its result; ``took_s`` and ``says`` are filled in.
@@ -47,8 +47,8 @@ def main(name: str, module: str, run: Run, more: Callable[[argparse.ArgumentPars
         for phase in result.phases
         for track, told in phase.tracks.items()
     }
-    bars = [{"name": bar.name, "value": bar.value, "bar": bar.bar, "ok": bar.ok} for bar in result.bars]
-    print(json.dumps({"benchmark": name, "figures": figures, "missing": result.missing, "bars": bars}), flush=True)
+    last = {"benchmark": name, "figures": figures, "missing": result.missing, "bars": plain(result.bars)}
+    print(json.dumps(last), flush=True)
     return 0 if all(bar.ok for bar in result.bars) else 1
 
 

@@ -15,10 +15,10 @@ from typing import Final, NamedTuple
 
 from cache.keys import SeriesRef
 from loadtest import scenario
-from loadtest.figures import say
+from loadtest.figures import at_most, say
 from loadtest.generator import Closed, Load, Open, run
 from loadtest.measures import Track
-from loadtest.outcome import Phase, Result, Table, at_most
+from loadtest.outcome import Phase, Result, Table
 from loadtest.stand import MIB, Bucket, Series, daemon, folder, gateway, instances, objects
 
 

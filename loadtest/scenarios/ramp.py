@@ -19,10 +19,10 @@ from typing import Final
 import msgspec
 
 from loadtest import scenario
-from loadtest.figures import say
+from loadtest.figures import Bar, at_least, at_most, say
 from loadtest.generator import Request
 from loadtest.measures import Snapshot, Track, together
-from loadtest.outcome import ROOT, Bar, Phase, Result, Table, at_least, at_most
+from loadtest.outcome import ROOT, Phase, Result, Table
 from loadtest.peers.archives import Orthanc
 from loadtest.stand import MIB, cpu_s, daemon, folder, gateway, instances, make_series, objects
 
