@@ -37,6 +37,7 @@ import aiohttp
 import uvloop
 
 from cache.dicom.phantom import write_series
+from serving.demo.daemon import DaemonProcess
 
 from . import servers
 from .figures import Bar, at_least, at_most, plain, quantile, say, summary
@@ -156,7 +157,7 @@ def agree(folder: Path, hits: int) -> dict[str, Any]:
             deadline = time.monotonic() + 60
             while prom.value(f'sum(voxcache_tier_seconds_count{{tier="{tier}"}})') != len(seconds):
                 assert time.monotonic() < deadline, "Prometheus has not seen all requests"
-                time.sleep(0.2)
+                time.sleep(0.2)  # it scrapes when it does, and tells this only when asked
         query = 'histogram_quantile(0.99, sum by (le) (voxcache_tier_seconds_bucket{{tier="{}"}}))'
         scraped = {tier: prom.value(query.format(tier)) for tier in raw}
         stats = _get(url, "/v1/stats")
@@ -296,15 +297,15 @@ def cost(folder: Path, rounds: int) -> dict[str, Any]:
         for side, extra in (("on", f'[tracing]\nendpoint = "{spans}"'), ("off", ALL_OFF)):
             place = folder / side
             place.mkdir()
-            port = servers.free_port()
-            config = servers.settings(place, origin, ram=64 * MIB, nvme=256 * MIB, extra=extra, port=port)
-            command = [str(Path(sys.executable).parent / "voxcache"), "serve", "--config", str(config)]
-            ready = servers.answers(port, "/readyz")
-            daemon = stack.enter_context(servers.process(command, place / "voxcache.log", ready))
-            url = f"http://127.0.0.1:{port}"
+            config = servers.settings(place, origin, ram=64 * MIB, nvme=256 * MIB, extra=extra)
+            daemon = stack.enter_context(DaemonProcess(config, place / "voxcache.log"))
             if side == "on":
-                stack.enter_context(prometheus(place, url, every_s=15))
-            sides[side] = {"http": ByHttp(url, study), "socket": BySocket(url, study), "pid": daemon.pid}
+                stack.enter_context(prometheus(place, daemon.url, every_s=15))
+            sides[side] = {
+                "http": ByHttp(daemon.url, study),
+                "socket": BySocket(daemon.url, study),
+                "pid": daemon.pid,
+            }
         return {way: _turns(way, sides, rounds) for way in ALONE}
 
 

@@ -10,6 +10,7 @@ the time that a phase takes: 20 minutes, 60 seconds in the short form.
 import argparse
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -84,7 +85,7 @@ def ramp(options: argparse.Namespace) -> Result:
 
 
 def users(place: Path, requests: list[Request], most: int, seconds: float) -> Track:
-    """The figures of Locust's users. Raises: RuntimeError: it failed, or did not end in time."""
+    """The figures of Locust's users. Raises: RuntimeError: it failed, in whole or in part, or did not end in time."""
     out = place / "locust"
     out.mkdir(exist_ok=True)
     for old in out.iterdir():
@@ -99,7 +100,8 @@ def users(place: Path, requests: list[Request], most: int, seconds: float) -> Tr
     }
     command = [str(Path(sys.executable).parent / "locust"), "-f", str(ROOT / "loadtest" / "locustfile.py")]
     command += ["--headless", "--only-summary", "--loglevel", "WARNING", "--exit-code-on-error", "0"]
-    command += ["--processes", str(max(1, len(os.sched_getaffinity(0)) // 2))]
+    workers = max(1, len(os.sched_getaffinity(0)) // 2)
+    command += ["--processes", str(workers)]
     started = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
     try:
         status = started.wait(seconds + 120)
@@ -108,12 +110,14 @@ def users(place: Path, requests: list[Request], most: int, seconds: float) -> Tr
         raise RuntimeError("Locust did not end in time") from None
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(started.pid, 9)
+            os.killpg(started.pid, signal.SIGKILL)
         started.wait()
     told = [msgspec.msgpack.decode(file.read_bytes(), type=Snapshot) for file in out.iterdir()]
+    if status or len(told) != workers:
+        raise RuntimeError(f"Locust ended with {status}; of its {workers} processes {len(told)} lasted until the end")
     found = together(told, seconds)
-    if status or "images" not in found:
-        raise RuntimeError(f"Locust ended with {status}, and {'no' if not found else 'some'} figures")
+    if "images" not in found:
+        raise RuntimeError("Locust's users have asked for nothing")
     return found["images"]
 
 
@@ -123,7 +127,7 @@ def _until_gone(group: int, most_s: float) -> None:
     with contextlib.suppress(ProcessLookupError):
         while time.monotonic() < end:
             os.killpg(group, 0)
-            time.sleep(0.05)
+            time.sleep(0.05)  # they are no children of ours: nobody tells when they end
 
 
 def _table(phases: list[Phase], spent: dict[str, float]) -> Table:

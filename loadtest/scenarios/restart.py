@@ -10,11 +10,13 @@ window is told, from the first to the last request that failed, by class; what d
 import argparse
 import contextlib
 import json
+import math
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
@@ -181,32 +183,39 @@ def _break(things: dict[str, Thing], calm_s: float, start: float, away: list[Awa
 def windows(tracks: dict[str, Track], away: list[Away], width: float) -> tuple[list[list[Any]], int]:
     """Rows of the table, and how many requests failed although all that they need was there.
 
-    A window belongs to the last that was killed before its end. What a class needs may take until the next one is
-    killed to be itself again: pools and pauses are part of it. The daemon is ready when it answers; hits need no more.
+    A row has the windows, so many seconds wide, before whose end its thing was the last to be killed.
     """
     rows: list[list[Any]] = []
     stray = 0
     for track, of in tracks.items():
-        failed: dict[Away | None, list[Window]] = {}
+        failed: dict[Away, list[Window]] = {}
         for window in of.windows:
             if window.errors:
                 end = window.start + width
-                last = next((gone for gone in reversed(away) if gone.at < end), None)
+                last = next((gone for gone in reversed(away) if gone.at < end), Away("nothing yet", 0.0, 0.0))
                 failed.setdefault(last, []).append(window)
-                if last is None or not _excused(track, last, window):
+                if not any(since < end and window.start < until for since, until in _excuses(track, away)):
                     stray += window.errors
         for gone, some in failed.items():
-            name, at, seconds = gone or Away("nothing yet", 0.0, 0.0)
             errors = sum(window.errors for window in some)
-            rows.append([name, round(at, 1), round(seconds, 1), track, errors, some[-1].start + width - some[0].start])
+            span = some[-1].start + width - some[0].start
+            rows.append([gone.name, round(gone.at, 1), round(gone.seconds, 1), track, errors, span])
     return sorted(rows, key=lambda row: float(row[1])), stray
 
 
-def _excused(track: str, gone: Away, window: Window) -> bool:
-    """Whether requests of a class may fail in a window, if that was away last."""
-    if NEEDS[track]:
-        return gone.name in ("daemon", NEEDS[track])
-    return gone.name == "daemon" and window.start < gone.at + gone.seconds
+def _excuses(track: str, away: list[Away]) -> Iterator[tuple[float, float]]:
+    """From when until when requests of a class may fail.
+
+    The daemon is ready when it answers: hits need no more. What the others need is itself again after a while, as pools
+    and pauses have it, and at the latest when the next one is killed.
+    """
+    for number, gone in enumerate(away):
+        if not NEEDS[track]:
+            until = gone.at + gone.seconds
+        else:
+            until = away[number + 1].at if number + 1 < len(away) else math.inf
+        if gone.name == "daemon" or gone.name == NEEDS[track]:
+            yield gone.at, until
 
 
 # ------------------------------------------------------------------ what is killed
