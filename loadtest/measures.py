@@ -55,7 +55,7 @@ class Stage(msgspec.Struct, frozen=True):
 
 
 class Track(msgspec.Struct, frozen=True):
-    """The figures of one track. ``seconds`` is the length of the run, which rates are by."""
+    """The figures of one track. ``seconds``, which rates are by: the length of the run, or until the last answer."""
 
     n: int
     errors: dict[str, int]
@@ -101,6 +101,7 @@ class _Counts(msgspec.Struct):
     errors: dict[str, int]
     tiers: dict[str, int]
     nbytes: int
+    ended: float
 
 
 class Snapshot(msgspec.Struct):
@@ -125,6 +126,7 @@ class _Track:
         self.errors: Counter[str] = Counter()
         self.tiers: Counter[str] = Counter()
         self.nbytes = 0
+        self.ended = 0.0
 
 
 class Recorder:
@@ -146,6 +148,7 @@ class Recorder:
         of.latency.record_value(latency)
         of.service.record_value(_microseconds(ended - sent))
         window.latency.record_value(latency)
+        of.ended = max(of.ended, ended)
         of.nbytes += answer.nbytes
         window.nbytes += answer.nbytes
         if answer.tier:
@@ -175,6 +178,7 @@ class Recorder:
                     dict(track.errors),
                     dict(track.tiers),
                     track.nbytes,
+                    track.ended,
                 )
                 for name, track in self._tracks.items()
             },
@@ -219,7 +223,7 @@ def _added(counts: list[_Counts], width: int, seconds: float) -> Track:
         n=int(latency.get_total_count()),
         errors=_total(each.errors for each in counts),
         nbytes=sum(each.nbytes for each in counts),
-        seconds=seconds,
+        seconds=max(seconds, *(each.ended for each in counts)),
         latency_ms=quantiles(latency),
         service_ms=quantiles(_sum((each.service for each in counts), _DIGITS)),
         curve=[(share, us / 1e3) for share, us in latency.get_percentile_to_value_dict(list(CURVE)).items()],

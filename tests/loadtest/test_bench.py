@@ -70,7 +70,7 @@ def test_an_unknown_scenario_is_refused(tmp_path: Path) -> None:
 
 def test_a_scenario_that_breaks_is_a_line_of_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The others go on; an old result of the same name is not mistaken for a new one."""
-    monkeypatch.setitem(bench.SCENARIOS, "broken", bench.Scenario((), (), 30, 30))
+    monkeypatch.setitem(bench.SCENARIOS, "broken", bench.Scenario(30, 30))
     (tmp_path / "broken.json").write_text("{}")
     report = bench.bench(options(tmp_path, "broken"))
     assert report.results == []
@@ -80,7 +80,7 @@ def test_a_scenario_that_breaks_is_a_line_of_the_report(tmp_path: Path, monkeypa
 def test_a_scenario_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It and all that it started."""
     before = set(descendants(os.getpid()))
-    monkeypatch.setitem(bench.SCENARIOS, "burst", bench.Scenario(("--short",), (), 0.2, 0.2))
+    monkeypatch.setitem(bench.SCENARIOS, "burst", bench.Scenario(0.2, 0.2))
     report = bench.bench(options(tmp_path, "burst"))
     assert report.failures == {"burst": "it did not end within 0 s"}
     assert set(descendants(os.getpid())) <= before
@@ -182,7 +182,7 @@ def test_every_tensor_is_compared_with_the_files(tmp_path: Path) -> None:
             check(wrong, right)
 
 
-@pytest.mark.slow
+@pytest.mark.service
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_interrupted_run_leaves_nothing(tmp_path: Path, number: int) -> None:
     """Neither processes, whatever session they are in, nor folders, nor a scenario that goes on."""
