@@ -31,8 +31,6 @@ from .stand import folder
 
 #: Seconds that a scenario has to end what it started, once it is told to.
 _END_S: Final = 30.0
-
-
 #: The short forms together: what does not fit is not begun, or ended.
 SHORT_S: Final = 15 * 60.0
 
@@ -45,15 +43,15 @@ class Scenario(NamedTuple):
 
 
 SCENARIOS: Final = {
-    "compare": Scenario(420, 3600),
-    "behaviour": Scenario(240, 900),
-    "ramp": Scenario(300, 4 * 1200 + 1200),
-    "slow_origin": Scenario(240, 1800),
-    "restart": Scenario(240, 1200),
-    "reading_room": Scenario(180, 1800),
-    "burst": Scenario(180, 1800),
-    "series_sizes": Scenario(240, 3600),
-    "modalities": Scenario(240, 1800),
+    "compare": Scenario(330, 3600),
+    "behaviour": Scenario(150, 900),
+    "ramp": Scenario(200, 4 * 1200 + 1200),
+    "slow_origin": Scenario(150, 1800),
+    "restart": Scenario(150, 1200),
+    "reading_room": Scenario(150, 1800),
+    "burst": Scenario(120, 1800),
+    "series_sizes": Scenario(120, 3600),
+    "modalities": Scenario(120, 1800),
 }
 
 
