@@ -3,6 +3,7 @@
 from typing import Final
 
 from .panels import GOOD, WORST, Panel, Query, State, bars, lines
+from .rules import MANY_RESTORES
 
 TITLE: Final = "voxcache / Cache"
 SAYS: Final = "What is hit, what is held, and what has to go."
@@ -138,7 +139,7 @@ ROWS: Final[tuple[tuple[str, tuple[Panel, ...]], ...]] = (
                 "Series asked back, and those that ended. Each one may cost money.",
                 Query("sum by (what) (increase(voxcache_restores_total[1h]))", "{{what}}, in an hour"),
                 unit="short",
-                limit=20,
+                limit=MANY_RESTORES,
             ),
         ),
     ),

@@ -2,8 +2,23 @@
 
 from typing import Final
 
-from .panels import GOOD, ODD, WORST, Column, Panel, Query, State, bars, grid, heat, lines
-from .rules import ASKED
+from .panels import (
+    GOOD,
+    ODD,
+    QUANTILES,
+    WORST,
+    Column,
+    Panel,
+    Query,
+    State,
+    bars,
+    grid,
+    heat,
+    lines,
+    percentile,
+    quantile,
+)
+from .rules import ASKED, FAST, SLOW, Burn
 
 TITLE: Final = "voxcache / Latency"
 SAYS: Final = "How long users wait, and for what."
@@ -11,21 +26,25 @@ SAYS: Final = "How long users wait, and for what."
 _BAD: Final = f'{ASKED},status=~"[45].."'
 
 
-def _quantile(q: float, name: str, by: str, span: str = "$__rate_interval") -> str:
-    return f"histogram_quantile({q}, sum by (le, {by}) (rate(voxcache_{name}_bucket[{span}])))"
-
-
 def _by_tier(q: float) -> Panel:
     rest = round((1 - q) * 100)
     return lines(
-        f"p{round(q * 100)} by tier",
+        f"{percentile(q)} by tier",
         f"{rest} % of the requests of a tier waited longer for their tensor, before it was sent or a model ran on it. "
         "ram and nvme are hits, origin was fetched and made, bypass did not fit RAM.",
-        Query(_quantile(q, "tier_seconds", "tier"), "{{tier}}", exemplars=True),
+        Query(quantile(q, "tier_seconds", "tier"), "{{tier}}", exemplars=True),
         unit="s",
         width=8,
         log=True,
     )
+
+
+def _burn_panel(title: str, says: str, burn: Burn) -> Panel:
+    queries = (
+        Query(f"max by (slo) ({name})", f"{{{{slo}}}}, {window[:-1]} {window[-1]}")
+        for name, window in zip(burn.recorded, burn.windows, strict=True)
+    )
+    return lines(title, says, *queries, unit="short", width=8, limit=burn.rate)
 
 
 _LEFT: Final = (
@@ -35,7 +54,7 @@ _LEFT: Final = (
 )
 
 ROWS: Final[tuple[tuple[str, tuple[Panel, ...]], ...]] = (
-    ("How long users wait", (_by_tier(0.5), _by_tier(0.95), _by_tier(0.99))),
+    ("How long users wait", tuple(map(_by_tier, QUANTILES))),
     (
         "What was promised",
         (
@@ -47,23 +66,15 @@ ROWS: Final[tuple[tuple[str, tuple[Panel, ...]], ...]] = (
                 states=(State(None, "", WORST), State(0.1, "", ODD), State(0.5, "", GOOD)),
                 width=8,
             ),
-            lines(
+            _burn_panel(
                 "How fast the error budget burns",
                 "1 uses up exactly all of it in 30 days. Above the line for two windows at once somebody is woken.",
-                Query("max by (slo) (voxcache:slo_burn:rate5m)", "{{slo}}, 5 m"),
-                Query("max by (slo) (voxcache:slo_burn:rate1h)", "{{slo}}, 1 h"),
-                unit="short",
-                width=8,
-                limit=14.4,
+                FAST,
             ),
-            lines(
+            _burn_panel(
                 "How fast it burns, slowly",
                 "The same over longer windows. Above the line for both a ticket is opened.",
-                Query("max by (slo) (voxcache:slo_burn:rate30m)", "{{slo}}, 30 m"),
-                Query("max by (slo) (voxcache:slo_burn:rate6h)", "{{slo}}, 6 h"),
-                unit="short",
-                width=8,
-                limit=6,
+                SLOW,
             ),
         ),
     ),
@@ -104,14 +115,15 @@ ROWS: Final[tuple[tuple[str, tuple[Panel, ...]], ...]] = (
                 "Over the time range shown, the slowest first.",
                 ["stage"],
                 Column("sum by (stage) (increase(voxcache_stage_seconds_count[$__range]))", "times", "short"),
-                Column(_quantile(0.5, "stage_seconds", "stage", "$__range"), "p50", "s"),
-                Column(_quantile(0.95, "stage_seconds", "stage", "$__range"), "p95", "s"),
-                Column(_quantile(0.99, "stage_seconds", "stage", "$__range"), "p99", "s"),
+                *(
+                    Column(quantile(q, "stage_seconds", "stage", span="$__range"), percentile(q), "s")
+                    for q in QUANTILES
+                ),
             ),
             lines(
                 "p99 by stage",
                 "Which stage became slower, and when.",
-                Query(_quantile(0.99, "stage_seconds", "stage"), "{{stage}}"),
+                Query(quantile(0.99, "stage_seconds", "stage"), "{{stage}}"),
                 unit="s",
                 width=24,
                 log=True,

@@ -2,18 +2,11 @@
 
 from typing import Final
 
-from .panels import Column, Panel, Query, grid, lines
+from .panels import Column, Panel, Query, grid, lines, quantiles
+from .rules import AUDIT_BACKLOG, DISK_FAILS, FIRING, UP
 
 TITLE: Final = "voxcache / Node"
 SAYS: Final = "What the cache stands on: disk, origin, workers, the daemon itself, Triton."
-
-_FIRING: Final = 'ALERTS{alertname=~"Voxcache.*",alertstate="firing"}'
-
-
-def _lag(q: float) -> Query:
-    rates = "sum by (le) (rate(voxcache_event_loop_lag_seconds_bucket[$__rate_interval]))"
-    return Query(f"histogram_quantile({q}, {rates})", f"p{round(q * 100)}")
-
 
 ROWS: Final[tuple[tuple[str, tuple[Panel, ...]], ...]] = (
     (
@@ -23,13 +16,13 @@ ROWS: Final[tuple[tuple[str, tuple[Panel, ...]], ...]] = (
                 "Alerts that fire",
                 "What to do about each is in the last row of one of these dashboards, and in docs/operations.md.",
                 ["alertname", "severity", "instance"],
-                Column(f"sum by (alertname, severity, instance) ({_FIRING})", "series", "short"),
+                Column(f"sum by (alertname, severity, instance) ({FIRING})", "series", "short"),
                 empty="None",
             ),
             lines(
                 "Scrapes that worked",
                 "1: the daemon answers Prometheus. 0: it does not.",
-                Query('min by (instance) (up{job="voxcache"})', "{{instance}}"),
+                Query(f"min by (instance) ({UP})", "{{instance}}"),
                 unit="short",
                 most=1,
             ),
@@ -44,7 +37,7 @@ ROWS: Final[tuple[tuple[str, tuple[Panel, ...]], ...]] = (
                 Query("max by (instance, side) (voxcache_nvme_state)", "{{side}}, {{instance}}"),
                 unit="short",
                 most=3,
-                limit=2,
+                limit=DISK_FAILS,
             ),
             lines(
                 "Requests to the origin",
@@ -88,7 +81,7 @@ ROWS: Final[tuple[tuple[str, tuple[Panel, ...]], ...]] = (
                 "Event loop lag",
                 "What every request may have to wait besides. Hits are slow and no stage is: here is why. Something "
                 "takes the CPU from the daemon.",
-                *map(_lag, (0.5, 0.95, 0.99)),
+                *quantiles("event_loop_lag_seconds"),
                 unit="s",
                 log=True,
             ),
@@ -110,7 +103,7 @@ ROWS: Final[tuple[tuple[str, tuple[Panel, ...]], ...]] = (
                 "A few are normal: they are written twice a second. Above the line for long, or never less: an alert.",
                 Query("sum by (instance) (voxcache_audit_backlog_bytes)", "{{instance}}"),
                 unit="bytes",
-                limit=8 << 20,
+                limit=AUDIT_BACKLOG,
             ),
             lines(
                 "Audit records",

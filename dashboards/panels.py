@@ -26,7 +26,7 @@ from grafana_foundation_sdk.models import dashboard as model
 from grafana_foundation_sdk.models.heatmap import HeatmapColorMode
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
-from .rules import LABELS
+from .rules import FIRING, LABELS
 
 Panel = Builder[model.Panel]
 
@@ -36,6 +36,9 @@ GOOD, ODD, BAD, WORST, QUIET = "green", "yellow", "orange", "red", "#8e8e8e"
 
 #: Further than any value.
 _FAR: Final = 1e12
+
+#: What is shown of a distribution.
+QUANTILES: Final = (0.5, 0.95, 0.99)
 
 _LAST: Final = common.ReduceDataOptions().calcs(["lastNotNull"])
 
@@ -53,6 +56,21 @@ class Query(NamedTuple):
     expr: str
     legend: str
     exemplars: bool = False
+
+
+def quantile(q: float, name: str, *by: str, span: str = "$__rate_interval") -> str:
+    """A quantile of a histogram, for each value of the labels ``by``."""
+    return f"histogram_quantile({q}, sum by ({', '.join(('le', *by))}) (rate(voxcache_{name}_bucket[{span}])))"
+
+
+def quantiles(name: str) -> list[Query]:
+    """The usual ones of a histogram."""
+    return [Query(quantile(q, name), percentile(q)) for q in QUANTILES]
+
+
+def percentile(q: float) -> str:
+    """What a quantile is called."""
+    return f"p{round(q * 100)}"
 
 
 class State(NamedTuple):
@@ -205,14 +223,13 @@ def built(uid: str, title: str, says: str, rows: Sequence[tuple[str, Sequence[Pa
     )
     for variable in _variables():
         result.with_variable(variable)
-    alerts = 'ALERTS{alertname=~"Voxcache.*",alertstate="firing"}'
     result.annotation(
         dashboard.AnnotationQuery()
         .name("Alerts")
         .datasource(SOURCE)
         .enable(True)
         .icon_color(WORST)
-        .expr(scoped(alerts))
+        .expr(scoped(FIRING))
     )
     number_of = iter(range(1, 1000))
     for heading, panels in rows:

@@ -16,6 +16,22 @@ _SCRAPED: Final = frozenset({"instance", "job"})
 ASKED: Final = 'route!~"/|/metrics|/livez|/readyz|/openapi.json|/v1/stats.*"'
 FAILED: Final = f'{ASKED},status=~"5..|429"'
 
+#: Whether a daemon answers a scrape, and the alerts that fire.
+UP: Final = 'up{job="voxcache"}'
+FIRING: Final = 'ALERTS{alertname=~"Voxcache.*",alertstate="firing"}'
+
+#: Bounds of alerts, which the dashboards draw, too. Shares of requests that are refused, and of the origin's that fail.
+MANY_REFUSED: Final = 0.05
+ORIGIN_FAILS: Final = 0.2
+#: Seconds of the oldest arrival.
+OLD_ARRIVAL: Final = 900
+#: Series that are asked back from an archive in an hour.
+MANY_RESTORES: Final = 20
+#: Bytes of audit records that wait.
+AUDIT_BACKLOG: Final = 8 << 20
+#: A state of the disk: its requests go to the origin.
+DISK_FAILS: Final = 2
+
 #: Where the text of an alert's runbook is; ``python -m dashboards.generate --runbooks URL`` names another place.
 RUNBOOKS: Final = "docs/operations.md"
 
@@ -53,9 +69,25 @@ class Alert(NamedTuple):
 
 _ASKED_RATE: Final = f"sum by (instance, job) (rate(voxcache_requests_total{{{ASKED}}}[5m]))"
 
-#: Windows of burn rates: the two of each alert.
-_FAST: Final = ("5m", "1h")
-_SLOW: Final = ("30m", "6h")
+
+def _burn_name(window: str) -> str:
+    return f"voxcache:slo_burn:rate{window}"
+
+
+class Burn(NamedTuple):
+    """An error budget burns too fast if it does so at ``rate`` over both windows."""
+
+    windows: tuple[str, str]
+    rate: float
+
+    @property
+    def recorded(self) -> tuple[str, ...]:
+        """What the rate over each window is recorded as."""
+        return tuple(map(_burn_name, self.windows))
+
+
+FAST: Final = Burn(("5m", "1h"), 14.4)
+SLOW: Final = Burn(("30m", "6h"), 6)
 
 
 def _share(part: str, whole: str) -> str:
@@ -73,7 +105,7 @@ def _burn(window: str) -> Recorded:
         for name in ("slo_slow_requests", "slo_requests")
     )
     allowed = "(1 - max by (instance, job, slo) (voxcache_slo_target))"
-    return Recorded(f"voxcache:slo_burn:rate{window}", ("slo",), f"{_share(slow, all_of_them)} / {allowed}")
+    return Recorded(_burn_name(window), ("slo",), f"{_share(slow, all_of_them)} / {allowed}")
 
 
 RECORDED: Final = (
@@ -103,18 +135,18 @@ RECORDED: Final = (
             "sum by (instance, job) (rate(voxcache_origin_requests_total[5m]))",
         ),
     ),
-    *map(_burn, (*_FAST, *_SLOW)),
+    *map(_burn, (*FAST.windows, *SLOW.windows)),
 )
 
 
-def _burning(windows: tuple[str, str], rate: float) -> tuple[Condition, ...]:
-    return tuple(Condition(f"voxcache:slo_burn:rate{window}", f"> {rate}") for window in windows)
+def _burning(burn: Burn) -> tuple[Condition, ...]:
+    return tuple(Condition(name, f"> {burn.rate}") for name in burn.recorded)
 
 
 ALERTS: Final = (
     Alert(
         "VoxcacheDown",
-        (Condition('up{job="voxcache"}', "== 0"),),
+        (Condition(UP, "== 0"),),
         "2m",
         "page",
         "node",
@@ -123,7 +155,7 @@ ALERTS: Final = (
     ),
     Alert(
         "VoxcacheAnswersFail",
-        (Condition("voxcache:requests_failed:ratio_rate5m", "> 0.05"),),
+        (Condition("voxcache:requests_failed:ratio_rate5m", f"> {MANY_REFUSED}"),),
         "5m",
         "page",
         "latency",
@@ -132,7 +164,7 @@ ALERTS: Final = (
     ),
     Alert(
         "VoxcacheSloBurnFast",
-        _burning(_FAST, 14.4),
+        _burning(FAST),
         "2m",
         "page",
         "latency",
@@ -141,7 +173,7 @@ ALERTS: Final = (
     ),
     Alert(
         "VoxcacheSloBurnSlow",
-        _burning(_SLOW, 6),
+        _burning(SLOW),
         "15m",
         "ticket",
         "latency",
@@ -179,7 +211,11 @@ ALERTS: Final = (
     ),
     Alert(
         "VoxcacheColdReads",
-        (Condition('sum by (instance, job) (increase(voxcache_restores_total{what="requested"}[1h]))', "> 20"),),
+        (
+            Condition(
+                'sum by (instance, job) (increase(voxcache_restores_total{what="requested"}[1h]))', f"> {MANY_RESTORES}"
+            ),
+        ),
         "0m",
         "ticket",
         "cache",
@@ -188,7 +224,7 @@ ALERTS: Final = (
     ),
     Alert(
         "VoxcacheArrivalsAgeing",
-        (Condition("max by (instance, job) (voxcache_arrival_oldest_seconds)", "> 900"),),
+        (Condition("max by (instance, job) (voxcache_arrival_oldest_seconds)", f"> {OLD_ARRIVAL}"),),
         "5m",
         "ticket",
         "warmup",
@@ -206,7 +242,7 @@ ALERTS: Final = (
     ),
     Alert(
         "VoxcacheDeviceFailing",
-        (Condition("max by (instance, job, side) (voxcache_nvme_state)", ">= 2"),),
+        (Condition("max by (instance, job, side) (voxcache_nvme_state)", f">= {DISK_FAILS}"),),
         "1m",
         "page",
         "node",
@@ -215,7 +251,7 @@ ALERTS: Final = (
     ),
     Alert(
         "VoxcacheOriginFailing",
-        (Condition("voxcache:origin_requests_failed:ratio_rate5m", "> 0.2"),),
+        (Condition("voxcache:origin_requests_failed:ratio_rate5m", f"> {ORIGIN_FAILS}"),),
         "5m",
         "page",
         "node",
@@ -224,7 +260,7 @@ ALERTS: Final = (
     ),
     Alert(
         "VoxcacheAuditBacklog",
-        (Condition("min_over_time(voxcache_audit_backlog_bytes[5m])", f"> {8 << 20}"),),
+        (Condition("min_over_time(voxcache_audit_backlog_bytes[5m])", f"> {AUDIT_BACKLOG}"),),
         "0m",
         "page",
         "node",

@@ -3,10 +3,10 @@
 from typing import Final
 
 from .panels import BAD, GOOD, ODD, WORST, Panel, State, words
-from .rules import ASKED, FAILED
+from .rules import ASKED, DISK_FAILS, FAILED, FAST, FIRING, MANY_REFUSED, OLD_ARRIVAL, ORIGIN_FAILS, SLOW, UP
 
 _REFUSED: Final = (
-    '2 * (count(up{job="voxcache"} == 0) > bool 0) or '
+    f"2 * (count({UP} == 0) > bool 0) or "
     f"(sum(rate(voxcache_requests_total{{{FAILED}}}[5m])) or vector(0)) "
     f"/ (sum(rate(voxcache_requests_total{{{ASKED}}}[5m])) > 0)"
 )
@@ -19,11 +19,11 @@ SUMMARY: Final[tuple[Panel, ...]] = (
     words(
         "Do users wait?",
         "How fast the worst objective's error budget burns: 1 uses up exactly all of it in 30 days.",
-        "max(voxcache:slo_burn:rate5m)",
+        f"max({FAST.recorded[0]})",
         State(None, "No: all in time", GOOD),
         State(1, "A little", ODD),
-        State(6, "Yes: too slow", BAD),
-        State(14.4, "Yes: far too slow", WORST),
+        State(SLOW.rate, "Yes: too slow", BAD),
+        State(FAST.rate, "Yes: far too slow", WORST),
         empty="Nobody asks",
         leads_to="latency",
     ),
@@ -34,7 +34,7 @@ SUMMARY: Final[tuple[Panel, ...]] = (
         _REFUSED,
         State(None, "All do", GOOD),
         State(0.001, "A few are refused", ODD),
-        State(0.05, "Many are refused", WORST),
+        State(MANY_REFUSED, "Many are refused", WORST),
         State(2, "A daemon is down", WORST),
         empty="Nobody asks",
         leads_to="latency",
@@ -45,7 +45,7 @@ SUMMARY: Final[tuple[Panel, ...]] = (
         "max(voxcache_arrival_oldest_seconds)",
         State(None, "Yes", GOOD),
         State(300, "Some wait", ODD),
-        State(900, "They wait for long", BAD),
+        State(OLD_ARRIVAL, "They wait for long", BAD),
         leads_to="warmup",
     ),
     words(
@@ -55,7 +55,7 @@ SUMMARY: Final[tuple[Panel, ...]] = (
         "max(voxcache_nvme_state)",
         State(None, "Yes", GOOD),
         State(1, "Slow now and then", ODD),
-        State(2, "Failing: not used", WORST),
+        State(DISK_FAILS, "Failing: not used", WORST),
         State(3, "Out: look at it", WORST),
         leads_to="node",
     ),
@@ -65,14 +65,14 @@ SUMMARY: Final[tuple[Panel, ...]] = (
         _ORIGIN,
         State(None, "Yes", GOOD),
         State(0.01, "Mostly", ODD),
-        State(0.2, "Hardly", WORST),
+        State(ORIGIN_FAILS, "Hardly", WORST),
         empty="Nobody asked it",
         leads_to="node",
     ),
     words(
         "Which alerts fire?",
         "What each of them means, and what to do, is in the last row of the dashboard that it names.",
-        'count(ALERTS{alertname=~"Voxcache.*",alertstate="firing"}) or vector(0)',
+        f"count({FIRING}) or vector(0)",
         State(None, "None", GOOD),
         State(1, "One", BAD),
         State(2, "Several", WORST),

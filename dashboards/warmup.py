@@ -2,15 +2,11 @@
 
 from typing import Final
 
-from .panels import Panel, Query, lines
+from .panels import Panel, Query, lines, quantiles
+from .rules import OLD_ARRIVAL
 
 TITLE: Final = "voxcache / Warm-up"
 SAYS: Final = "Whether new studies are ready before somebody asks."
-
-
-def _ready(q: float) -> Query:
-    rates = "sum by (le) (rate(voxcache_arrival_to_ready_seconds_bucket[$__rate_interval]))"
-    return Query(f"histogram_quantile({q}, {rates})", f"p{round(q * 100)}")
 
 
 ROWS: Final[tuple[tuple[str, tuple[Panel, ...]], ...]] = (
@@ -38,7 +34,7 @@ ROWS: Final[tuple[tuple[str, tuple[Panel, ...]], ...]] = (
                 Query("max by (instance) (voxcache_arrival_oldest_seconds)", "{{instance}}"),
                 unit="s",
                 width=8,
-                limit=900,
+                limit=OLD_ARRIVAL,
             ),
         ),
     ),
@@ -48,7 +44,7 @@ ROWS: Final[tuple[tuple[str, tuple[Panel, ...]], ...]] = (
             lines(
                 "From arrival to ready",
                 "From a series' first event until what it calls for is held.",
-                *map(_ready, (0.5, 0.95, 0.99)),
+                *quantiles("arrival_to_ready_seconds"),
                 unit="s",
                 log=True,
             ),

@@ -3,14 +3,16 @@
     python -m loadtest.bench [--full] [--only NAME,NAME] [--out DIR] [--no-readme]
 
 Each runs as a process of its own, with an end: what does not end in time is killed with all that it started, and the
-report says so; the others go on. ``DIR`` (loadtest/results/DATE) gets each result, report.json, report.html and
-summary.svg; the README's summary is made anew. Progress goes to stderr; the last line on stdout is JSON.
+report says so; the others go on. The short forms end within a quarter of an hour, whatever becomes of them. ``DIR``
+(loadtest/results/DATE) gets each result, report.json, report.html and summary.svg; the README's summary is made anew.
+Progress goes to stderr; the last line on stdout is JSON.
 """
 
 import argparse
 import contextlib
 import datetime
 import json
+import math
 import os
 import signal
 import subprocess
@@ -21,30 +23,35 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from .figures import say
+from .figures import plain, say
 from .outcome import ROOT, Report, Result, commit, machine
 from .report import END, put_into, summary, write
+from .scenario import on_signal
+from .stand import folder
+
+#: Seconds that a scenario has to end what it started, once it is told to.
+_END_S: Final = 30.0
+#: The short forms together: what does not fit is not begun, or ended.
+SHORT_S: Final = 15 * 60.0
 
 
 class Scenario(NamedTuple):
-    """Arguments of its short and its full form, and how long each may take (s)."""
+    """How long its short and its full form may take (s)."""
 
-    short: tuple[str, ...]
-    full: tuple[str, ...]
     short_s: float
     full_s: float
 
 
 SCENARIOS: Final = {
-    "compare": Scenario(("--short",), (), 420, 3600),
-    "behaviour": Scenario(("--short",), (), 240, 900),
-    "ramp": Scenario(("--short", "--seconds", "20"), (), 300, 4 * 1200 + 1200),
-    "slow_origin": Scenario(("--short",), (), 240, 1800),
-    "restart": Scenario(("--short",), (), 240, 1200),
-    "reading_room": Scenario(("--short",), (), 180, 1800),
-    "burst": Scenario(("--short",), (), 180, 1800),
-    "series_sizes": Scenario(("--short",), (), 240, 3600),
-    "modalities": Scenario(("--short",), (), 240, 1800),
+    "compare": Scenario(330, 3600),
+    "behaviour": Scenario(150, 900),
+    "ramp": Scenario(200, 4 * 1200 + 1200),
+    "slow_origin": Scenario(150, 1800),
+    "restart": Scenario(150, 1200),
+    "reading_room": Scenario(150, 1800),
+    "burst": Scenario(120, 1800),
+    "series_sizes": Scenario(120, 3600),
+    "modalities": Scenario(120, 1800),
 }
 
 
@@ -56,13 +63,14 @@ def bench(options: argparse.Namespace) -> Report:
     began_on = machine()
     results: list[Result] = []
     failures: dict[str, str] = {}
+    end = time.monotonic() + (math.inf if options.full else SHORT_S - _END_S)
     for name in wanted:
         file = options.out / f"{name.replace('_', '-')}.json"
         file.unlink(missing_ok=True)
         shown = name.replace("_", "-")
         say(f"—— {shown}")
         start = time.monotonic()
-        why = one(name, file, full=options.full)
+        why = one(name, file, end - start, full=options.full)
         if file.exists():
             results.append(msgspec.json.decode(file.read_bytes(), type=Result))
             why = "done"
@@ -73,25 +81,52 @@ def bench(options: argparse.Namespace) -> Report:
     return Report(today, commit(), began_on, results, failures)
 
 
-def one(name: str, out: Path, *, full: bool) -> str:
-    """Run a scenario; why it left no result, if it left none."""
+def one(name: str, out: Path, left_s: float, *, full: bool) -> str:
+    """Run a scenario, for which there are ``left_s``; why it left no result, if it left none."""
     scenario = SCENARIOS[name]
-    arguments = scenario.full if full else scenario.short
-    command = [sys.executable, "-m", f"loadtest.scenarios.{name}", *arguments, "--out", str(out)]
-    started = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
-    limit = scenario.full_s if full else scenario.short_s
+    command = [sys.executable, "-m", f"loadtest.scenarios.{name}", *([] if full else ["--short"]), "--out", str(out)]
+    limit = min(scenario.full_s if full else scenario.short_s, left_s)
+    if limit <= 0:
+        return f"it was not begun: the short forms together may take {SHORT_S / 60:.0f} minutes"
+    with folder("bench") as place:
+        environment = os.environ | {"TMPDIR": str(place)}
+        # in a session of its own, so that a terminal's Ctrl-C comes here alone
+        started = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, start_new_session=True
+        )
+        try:
+            status = started.wait(limit)
+        except subprocess.TimeoutExpired:
+            return f"it did not end within {limit:.0f} s"
+        finally:
+            _end(started, place)
+    return f"exit status {status}; what it said is above"
+
+
+def _end(started: subprocess.Popen[bytes], place: Path) -> None:
+    """End a scenario and all that it has started, whatever session and parent that has by now."""
     try:
-        status = started.wait(limit)
-    except subprocess.TimeoutExpired:
         started.terminate()  # its blocks end what they started
         with contextlib.suppress(subprocess.TimeoutExpired):
-            started.wait(60)
-        return f"it did not end within {limit:.0f} s"
+            started.wait(_END_S)
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(started.pid, signal.SIGKILL)
+        end = time.monotonic() + _END_S
+        while (left := _living(place)) and time.monotonic() < end:
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         started.wait()
-    return f"exit status {status}; what it said is above"
+
+
+def _living(place: Path) -> list[int]:
+    """Processes whose temporary files are at ``place``: those that a scenario was given, and its children inherit."""
+    mark = f"TMPDIR={place}".encode()
+    found = []
+    for each in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if each.name.isdecimal() and mark in (each / "environ").read_bytes().split(b"\0"):
+                found.append(int(each.name))
+    return found
 
 
 def main() -> int:
@@ -101,6 +136,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="where results go (default: loadtest/results/DATE)")
     parser.add_argument("--no-readme", action="store_true", help="leave README.md as it is")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, on_signal)
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     options.out = (options.out or ROOT / "loadtest" / "results" / today).resolve()
     report = bench(options)
@@ -109,7 +145,7 @@ def main() -> int:
     if not options.no_readme and END in readme.read_text() and options.out.is_relative_to(ROOT):
         readme.write_text(put_into(readme.read_text(), summary(report, str(options.out.relative_to(ROOT)))))
     say(f"the report: {options.out / 'report.html'}")
-    bars = [{"name": b.name, "value": b.value, "bar": b.bar, "ok": b.ok} for r in report.results for b in r.bars]
+    bars = plain(bar for result in report.results for bar in result.bars)
     missing = {f"{r.scenario}: {name}": why for r in report.results for name, why in r.missing.items()}
     told = {"benchmark": "bench", "report": str(options.out / "report.html"), "failures": report.failures}
     print(json.dumps({**told, "missing": missing, "bars": bars}), flush=True)

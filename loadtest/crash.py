@@ -35,7 +35,7 @@ from cache.nvme.disk import allocated_below
 from serving.demo.daemon import DaemonError, DaemonProcess
 
 from . import servers
-from .figures import say
+from .figures import at_most, plain, say
 
 RESULTS: Final = Path(__file__).resolve().parent / "results" / "crash.json"
 MIB: Final = 1 << 20
@@ -273,10 +273,9 @@ def run(rounds: int, seed: int, folder: Path, tell: Callable[[str], None] = say)
         "empty_start_s": {"median": median(empty), "max": max(empty)},
         "raw_s": [recovery.seconds for recovery in recoveries],
         "bars": [
-            {"name": "wrong_answers", "value": len(load.wrong), "bar": 0, "ok": not load.wrong},
-            {"name": "odd_statuses", "value": len(load.odd), "bar": 0, "ok": not load.odd},
+            *plain([at_most("wrong_answers", len(load.wrong), 0), at_most("odd_statuses", len(load.odd), 0)]),
             {"name": "most_disk", "value": observer.most, "bar": NVME, "ok": 0 < observer.most <= NVME},
-            {"name": "bad_fscks", "value": bad_fscks, "bar": 0, "ok": bad_fscks == 0},
+            *plain([at_most("bad_fscks", bad_fscks, 0)]),
             {"name": "rounds", "value": rounds, "bar": rounds, "ok": bool(load.answers)},
         ],
     }

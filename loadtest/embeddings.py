@@ -41,7 +41,7 @@ from cache.store import Store, StoreSettings
 from cache.workers.pool import Workers, WorkerSettings
 from serving.neighbours import QueryRequest, query
 
-from .figures import at_most, say, summary
+from .figures import at_most, plain, say, summary
 
 RESULTS: Final = Path(__file__).resolve().parent / "results" / "embeddings.json"
 MODEL: Final = ModelIdentity("encoder", "1", "c" * 32)
@@ -203,7 +203,7 @@ async def main() -> int:
         "length": arguments.length,
         "held": {str(size): result for size, result in held.items()},
         "from_nvme": restarted,
-        "bars": [at_most(name, value, BARS[name]) for name, value in values.items() if value is not None],
+        "bars": plain(at_most(name, value, BARS[name]) for name, value in values.items() if value is not None),
     }
     machine = {"python": platform.python_version(), "machine": platform.platform(), "numpy": np.__version__}
     RESULTS.write_text(json.dumps({"machine": machine, **report}, indent=1) + "\n")

@@ -43,6 +43,7 @@ from cache.policy.simulation import Simulation
 from cache.policy.worth import Aim, worth
 
 from . import workload
+from .figures import Bar, at_most, plain, say
 
 ROOT: Final = Path(__file__).resolve().parent
 RESULTS: Final = ROOT / "results"
@@ -350,31 +351,22 @@ def measured(names: list[str], quick: bool, workers: int) -> Table:
     return {place: table[place] for place in order if place in table}
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def bars(table: Table) -> list[dict[str, Any]]:
     """Agreement with libcachesim's, and how close adaptive comes to the best of all others, ours and theirs."""
-    found = []
+    found: list[Bar] = []
     for mine, peer in TWINS.items():
         apart = max(abs(row[mine] - row[peer]) for (_, _, aim), row in table.items() if aim != "cost")
-        found.append({"name": f"{mine} beside {peer}", "value": apart, "bar": AGREE, "ok": apart <= AGREE})
+        found.append(at_most(f"{mine} beside {peer}", apart, AGREE))
     for kind, named in (("traces", False), ("synthetic", True)):
         # small caches gain by refusing what is large, which a cache cannot that hands out what it holds
         left_out = REFUSING if named else ()
         over = [over_best(row, left_out) for (name, _, _), row in table.items() if (name in FAMILIES) == named]
         if over:
-            found.append(
-                {"name": f"adaptive / best, {kind}", "value": max(over), "bar": WITHIN, "ok": max(over) <= WITHIN}
-            )
+            found.append(at_most(f"adaptive / best, {kind}", max(over), WITHIN))
     for (name, share, aim), row in table.items():
         if name == "radiology" and aim == "cost":
-            value = over_best(row)
-            found.append(
-                {"name": f"adaptive / best, radiology cost {share:.0%}", "value": value, "bar": 1, "ok": value <= 1}
-            )
-    return found
+            found.append(at_most(f"adaptive / best, radiology cost {share:.0%}", over_best(row), 1))
+    return plain(found)
 
 
 def over_best(row: dict[str, float], left_out: Iterable[str] = ()) -> float:

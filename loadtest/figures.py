@@ -1,8 +1,11 @@
-"""What benchmarks say and read: progress on stderr, quantiles, bars, a daemon's metrics."""
+"""What benchmarks say: progress on stderr, quantiles, bars; and what a daemon's counters say."""
 
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
+import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
 
@@ -11,31 +14,54 @@ def say(text: str) -> None:
 
 
 def quantile(seconds: Sequence[float], share: float) -> float:
-    """The nearest-rank quantile, in milliseconds."""
-    ordered = sorted(seconds)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] * 1e3
+    """The nearest-rank quantile, in milliseconds: the least of ``seconds`` that ``share`` of them do not exceed."""
+    # 0.07 × 100 is more than 7 in binary: what is that close to a rank is that rank
+    rank = math.ceil(round(share * len(seconds), 9))
+    return sorted(seconds)[max(rank, 1) - 1] * 1e3
 
 
 def summary(seconds: Sequence[float]) -> dict[str, float]:
     return {"p50_ms": quantile(seconds, 0.5), "p99_ms": quantile(seconds, 0.99), "n": len(seconds)}
 
 
-def at_most(name: str, value: float, bar: float) -> dict[str, object]:
+class Bar(msgspec.Struct, frozen=True):
+    """What a figure has to reach: at least ``bar``, or at most."""
+
+    name: str
+    value: float
+    bar: float
+    ok: bool
+    says: str = ""
+
+
+def at_least(name: str, value: float, bar: float, says: str = "") -> Bar:
+    """A bar that is met by ``value`` from ``bar`` on."""
+    return Bar(name, round(value, 6), bar, value >= bar, says)
+
+
+def at_most(name: str, value: float, bar: float, says: str = "") -> Bar:
     """A bar that is met by ``value`` up to ``bar``."""
-    return {"name": name, "value": round(value, 3), "bar": bar, "ok": value <= bar}
+    return Bar(name, round(value, 6), bar, value <= bar, says)
 
 
-def metric(text: str, sample: str, **labels: str) -> float:
-    """The sum of the samples of that name in a scrape's text that carry ``labels``.
+def plain(bars: Iterable[Bar]) -> list[dict[str, Any]]:
+    """Bars as the last line of a benchmark has them."""
+    return [{"name": bar.name, "value": bar.value, "bar": bar.bar, "ok": bar.ok} for bar in bars]
 
-    Raises: KeyError: there is no such metric.
+
+def metric(text: str, name: str, **labels: str) -> float:
+    """The sum of a metric's samples that carry ``labels``, in Prometheus' text format.
+
+    Raises: KeyError: there is no such metric; one that has counted nothing yet is 0.
     """
     total, known = 0.0, False
     for family in text_string_to_metric_families(text):
-        if not sample.startswith(family.name):
-            continue
-        known = True
-        total += sum(s.value for s in family.samples if s.name == sample and labels.items() <= s.labels.items())
+        known = known or family.name in (name, name.removesuffix("_total"))
+        for sample in family.samples:
+            if sample.name == name:
+                known = True
+                if labels.items() <= sample.labels.items():
+                    total += sample.value
     if not known:
-        raise KeyError(sample)
+        raise KeyError(name)
     return total

@@ -26,11 +26,11 @@ from urllib.parse import urlsplit
 import aiohttp
 import numpy as np
 import numpy.typing as npt
-import obstore
 import pydicom
 import uvloop
 
 from . import servers
+from .peers.base import get_all
 from .stand import MIB, Bucket, Series
 from .tiers import direct
 
@@ -67,9 +67,7 @@ class Loopback:
     def running(self) -> Iterator[dict[str, Timed]]:
         """Each way to send."""
         with socket.create_server(("127.0.0.1", 0)) as listener:
-            sender = os.fork()
-            if sender == 0:
-                self._send(listener)
+            sender = servers.forked(functools.partial(self._send, listener))
             with socket.create_connection(listener.getsockname()) as connection:
                 try:
                     yield {way: _timed(self._take, connection, way) for way in ("sendfile", "writes")}
@@ -94,7 +92,6 @@ class Loopback:
                 else:
                     for at in range(0, len(content), MIB):
                         connection.sendall(content[at : at + MIB])
-        os._exit(0)
 
 
 def o_direct(path: Path, depth: int) -> Timed:
@@ -119,15 +116,6 @@ def concurrent_get(bucket: Bucket, series: Series) -> dict[str, Timed]:
     keys = sorted(series.files)
     store = bucket.store()
 
-    async def by_obstore(width: int) -> None:
-        slots = asyncio.Semaphore(width)
-
-        async def get(key: str) -> None:
-            async with slots:
-                await (await obstore.get_async(store, key)).bytes_async()
-
-        await asyncio.gather(*(get(key) for key in keys))
-
     async def by_aiohttp(width: int) -> float:
         connector = aiohttp.TCPConnector(limit=width)
         async with aiohttp.ClientSession(connector=connector, read_bufsize=1 << 20) as session:
@@ -140,9 +128,7 @@ def concurrent_get(bucket: Bucket, series: Series) -> dict[str, Timed]:
             await asyncio.gather(*(get(key) for key in keys))
             return time.perf_counter() - start
 
-    found: dict[str, Timed] = {
-        f"obstore, {width} at a time": _timed(lambda width: asyncio.run(by_obstore(width)), width) for width in _WIDTHS
-    }
+    found: dict[str, Timed] = {f"obstore, {width} at a time": _timed(get_all, store, keys, width) for width in _WIDTHS}
     return found | {"aiohttp, 32 at a time": lambda: uvloop.run(by_aiohttp(32))}
 
 

@@ -14,8 +14,8 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Final, Literal
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from typing import Any, Final, Literal
 
 import aiohttp
 import msgspec
@@ -128,14 +128,37 @@ def mixed(*loads: tuple[Sequence[Request], Open]) -> Load:
 # ------------------------------------------------------------------ within one process
 
 
-async def open_loop(load: Load, way: Open, ask: Ask, recorder: Recorder, start: float) -> None:
-    """Send each request when it is due; return when all are answered, or ``_GRACE_S`` after the last was due."""
-    under_way: dict[asyncio.Task[None], tuple[str, float]] = {}
-
-    async def once(due: float, request: Request) -> None:
-        sent = time.monotonic() - start
+async def _asked(request: Request, ask: Ask, recorder: Recorder, start: float, due: float) -> Answer:
+    """What came of a request, which is noted once, whatever it was: also that nothing came before it was cancelled."""
+    sent = time.monotonic() - start
+    answer = Answer(error="unanswered")
+    try:
         answer = await ask(request)
+    finally:
         recorder.note(request.track, due, sent, time.monotonic() - start, answer)
+    return answer
+
+
+async def _end(tasks: Collection[asyncio.Task[Any]], most_s: float) -> None:
+    """Return when all have ended; those that have not after ``most_s`` are cancelled. Raises: what one of them did."""
+    if tasks:
+        _, late = await asyncio.wait(tasks, timeout=most_s)
+        for task in late:
+            task.cancel()
+    for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+        if isinstance(outcome, Exception):
+            raise outcome
+
+
+async def open_loop(load: Load, way: Open, ask: Ask, recorder: Recorder, start: float) -> None:
+    """Send each request when it is due; return when all are answered, or ``_GRACE_S`` after the last was sent."""
+    under_way: set[asyncio.Task[Answer]] = set()
+    failed: list[asyncio.Task[Answer]] = []
+
+    def over(task: asyncio.Task[Answer]) -> None:
+        under_way.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            failed.append(task)
 
     for due, number in way.due:
         if (wait := start + due - time.monotonic()) > 0:
@@ -143,16 +166,10 @@ async def open_loop(load: Load, way: Open, ask: Ask, recorder: Recorder, start: 
         elif len(under_way) % 64 == 0:
             await asyncio.sleep(0)  # late already: what is under way must go on all the same
         request = load.requests[number]
-        task = asyncio.create_task(once(due, request))
-        under_way[task] = (request.track, due)
-        task.add_done_callback(lambda done: under_way.pop(done, None))
-    if under_way:
-        await asyncio.wait(list(under_way), timeout=_GRACE_S)
-    now = time.monotonic() - start
-    for task, (track, due) in list(under_way.items()):
-        task.cancel()
-        recorder.note(track, due, due, now, Answer(error="unanswered"))
-    await asyncio.gather(*under_way, return_exceptions=True)
+        task = asyncio.create_task(_asked(request, ask, recorder, start, due))
+        under_way.add(task)
+        task.add_done_callback(over)
+    await _end([*failed, *under_way], _GRACE_S)
 
 
 async def closed_loop(
@@ -172,21 +189,14 @@ async def closed_loop(
                 at += 1
             else:
                 [request] = draw.choices(load.requests, way.weights or None)
-            answer = await ask(request)
-            recorder.note(request.track, now - start, now - start, time.monotonic() - start, answer)
+            answer = await _asked(request, ask, recorder, start, now - start)
             if way.think_s:
                 await asyncio.sleep(draw.expovariate(1 / way.think_s))
             elif answer.error:
                 await asyncio.sleep(0.01)  # a server that is away must not be asked in a loop that never rests
 
     users = [asyncio.create_task(user(number)) for number in range(first, way.users, step)]
-    if users:
-        _, late = await asyncio.wait(users, timeout=end - time.monotonic() + _GRACE_S)
-        for task in late:
-            task.cancel()
-        for outcome in await asyncio.gather(*users, return_exceptions=True):
-            if isinstance(outcome, Exception):
-                raise outcome
+    await _end(users, end - time.monotonic() + _GRACE_S)
 
 
 class Http:
@@ -210,6 +220,8 @@ class Http:
             return Answer(error="timeout")
         except (aiohttp.ClientError, OSError) as error:
             return Answer(error=type(error).__name__)
+        except (KeyError, ValueError) as error:  # no lease in it, no JSON, a Server-Timing that is none
+            return Answer(error=f"malformed: {type(error).__name__}")
 
     async def _ask(self, request: Request) -> Answer:
         async with self._session.request(

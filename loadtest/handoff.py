@@ -43,7 +43,7 @@ from cache.dicom.phantom import write_series
 from voxcache_client import Client
 
 from . import servers
-from .figures import quantile, say, summary
+from .figures import at_least, plain, quantile, say, summary
 
 RESULTS: Final = Path(__file__).resolve().parent / "results" / "handoff.json"
 MIB: Final = 1 << 20
@@ -124,12 +124,13 @@ class Echo:
 
     def __init__(self) -> None:
         self._socket, far = socket.socketpair()
-        self._child = os.fork()
-        if self._child == 0:
+
+        def echo() -> None:
             self._socket.close()
             while line := far.recv(1 << 13):
                 far.sendall(line)
-            os._exit(0)
+
+        self._child = servers.forked(echo)
         far.close()
         self._line = bytes(600)  # a lease takes as much
 
@@ -211,8 +212,8 @@ def turns(studies: list[Study], url: str, folder: Path, shared: Path, rounds: in
     raw: dict[str, Any] = {}
     with (
         contextlib.closing(Echo()) as echo,  # first, as it forks
-        servers.redis(folder) as redis_port,
-        servers.nginx(folder, shared) as nginx_port,
+        servers.redis(folder) as redis_server,
+        servers.nginx(folder, shared) as nginx_server,
         diskcache.Cache(str(folder / "diskcache"), size_limit=1 << 40) as cache,
         Client(url) as client,
         Client(url, socket=False) as http_client,
@@ -220,9 +221,9 @@ def turns(studies: list[Study], url: str, folder: Path, shared: Path, rounds: in
         readers = Readers(
             client,
             http_client,
-            redis.Redis(port=redis_port),
-            TightRedis(redis_port),
-            Nginx(nginx_port),
+            redis.Redis(port=redis_server.port),
+            TightRedis(redis_server.port),
+            Nginx(nginx_server.port),
             cache,
             shared,
             echo,
@@ -384,11 +385,7 @@ def verdict(raw: dict[str, Any], rate: dict[str, list[float]]) -> dict[str, Any]
     tight = {
         size: min(by[f"{peer}_tight"]["p50_ms"] for peer in PEERS) / by["lease"]["p50_ms"] for size, by in sizes.items()
     }
-    bars = [
-        {"name": f"lease_vs_best_peer_{size}", "value": ratio[size], "bar": bar, "ok": ratio[size] >= bar}
-        for size, bar in BARS.items()
-        if size in ratio
-    ]
+    bars = [at_least(f"lease_vs_best_peer_{size}", ratio[size], bar) for size, bar in BARS.items() if size in ratio]
     return {
         "benchmark": "handoff",
         "machine": {"cores": os.cpu_count(), "python": platform.python_version(), "kernel": platform.release()},
@@ -400,7 +397,7 @@ def verdict(raw: dict[str, Any], rate: dict[str, list[float]]) -> dict[str, Any]
         "lease_vs_echo": {size: by["lease"]["p50_ms"] / by["floor_echo"]["p50_ms"] for size, by in sizes.items()},
         "lease_vs_memcpy": {size: by["floor_memcpy"]["p50_ms"] / by["lease"]["p50_ms"] for size, by in sizes.items()},
         "open_loop": {"rate_per_s": RATE, **{name: summary(seconds) for name, seconds in rate.items()}},
-        "bars": bars,
+        "bars": plain(bars),
     }
 
 

@@ -37,7 +37,7 @@ from serving.demo.tritonserver import TritonServer
 from voxcache_client import Client
 
 from . import ends, servers
-from .figures import say, summary
+from .figures import Bar, at_least, at_most, plain, say, summary
 
 RESULTS: Final = Path(__file__).resolve().parent / "results" / "infer.json"
 PERF: Final = Path(__file__).resolve().parents[1] / ".services" / "perf" / "perf_analyzer"
@@ -214,7 +214,7 @@ def perf(studies: list[Study], places: Places, folder: Path, repeats: int) -> di
 def verdict(raw: dict[str, dict[str, list[float]]], pairs: dict[str, list[tuple[float, float]]]) -> dict[str, Any]:
     """Medians, tails, ratios and bars."""
     sizes = {size: {name: summary(seconds) for name, seconds in by.items()} for size, by in raw.items()}
-    bars = []
+    bars: list[Bar] = []
     ratios: dict[str, dict[str, float]] = {}
     for size, by in sizes.items():
         ratios[size] = {
@@ -225,7 +225,7 @@ def verdict(raw: dict[str, dict[str, list[float]]], pairs: dict[str, list[tuple[
     at, times = SPEEDUP
     if f"{at}MiB" in sizes:
         value = ratios[f"{at}MiB"]["bytes_grpc_vs_reference_grpc"]
-        bars.append({"name": f"bytes_vs_reference_grpc_{at}MiB", "value": value, "bar": times, "ok": value >= times})
+        bars.append(at_least(f"bytes_vs_reference_grpc_{at}MiB", value, times))
     # none of these touches the volume, so all sizes count together
     together = {
         name: summary([each for by in raw.values() for each in by[name]])["p50_ms"] for name in next(iter(raw.values()))
@@ -236,12 +236,10 @@ def verdict(raw: dict[str, dict[str, list[float]]], pairs: dict[str, list[tuple[
         added = {way: together[f"{way}_{door}"] - floor for way in ("reference", "proxy", "kept")}
         overhead[door] = {"region_ms": floor, **{f"{way}_adds_ms": value for way, value in added.items()}}
         value = added["reference"] / added["proxy"]
-        bars.append({"name": f"overhead_vs_proxy_{door}", "value": value, "bar": OVERHEAD, "ok": value <= OVERHEAD})
+        bars.append(at_most(f"overhead_vs_proxy_{door}", value, OVERHEAD))
     for name, told in pairs.items():
         value = statistics.median(ours / bare for ours, bare in told)
-        bars.append(
-            {"name": f"throughput_vs_proxy_{name}", "value": value, "bar": THROUGHPUT, "ok": value >= THROUGHPUT}
-        )
+        bars.append(at_least(f"throughput_vs_proxy_{name}", value, THROUGHPUT))
     return {
         "benchmark": "infer",
         "machine": {"cores": os.cpu_count(), "python": sys.version.split()[0]},
@@ -249,7 +247,7 @@ def verdict(raw: dict[str, dict[str, list[float]]], pairs: dict[str, list[tuple[
         "ratios": ratios,
         "overhead": overhead,
         "throughput": pairs,
-        "bars": bars,
+        "bars": plain(bars),
     }
 
 

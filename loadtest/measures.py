@@ -6,7 +6,7 @@ waited for it (Tene, "How NOT to Measure Latency": coordinated omission). ``serv
 """
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
@@ -55,7 +55,7 @@ class Stage(msgspec.Struct, frozen=True):
 
 
 class Track(msgspec.Struct, frozen=True):
-    """The figures of one track. ``seconds`` is the length of the run, which rates are by."""
+    """The figures of one track. ``seconds``, which rates are by: the length of the run, or until the last answer."""
 
     n: int
     errors: dict[str, int]
@@ -101,6 +101,7 @@ class _Counts(msgspec.Struct):
     errors: dict[str, int]
     tiers: dict[str, int]
     nbytes: int
+    ended: float
 
 
 class Snapshot(msgspec.Struct):
@@ -120,11 +121,12 @@ class _Track:
     def __init__(self) -> None:
         self.latency = _histogram()
         self.service = _histogram()
-        self.windows: dict[int, _Window] = {}
-        self.stages: dict[str, Any] = {}
+        self.windows: defaultdict[int, _Window] = defaultdict(_Window)
+        self.stages: defaultdict[str, Any] = defaultdict(_histogram)
         self.errors: Counter[str] = Counter()
         self.tiers: Counter[str] = Counter()
         self.nbytes = 0
+        self.ended = 0.0
 
 
 class Recorder:
@@ -132,14 +134,12 @@ class Recorder:
 
     def __init__(self, seconds: float) -> None:
         self._width = window_width(seconds)
-        self._tracks: dict[str, _Track] = {}
+        self._tracks: defaultdict[str, _Track] = defaultdict(_Track)
 
     def note(self, track: str, due: float, sent: float, ended: float, answer: Answer) -> None:
         """One request. Of errors only their number counts: an error that comes fast must not make a run look fast."""
-        of = self._tracks.get(track)
-        if of is None:
-            of = self._tracks[track] = _Track()
-        window = of.windows.setdefault(int(due // self._width), _Window())
+        of = self._tracks[track]
+        window = of.windows[int(due // self._width)]
         if answer.error:
             of.errors[answer.error] += 1
             window.errors += 1
@@ -148,16 +148,14 @@ class Recorder:
         of.latency.record_value(latency)
         of.service.record_value(_microseconds(ended - sent))
         window.latency.record_value(latency)
+        of.ended = max(of.ended, ended)
         of.nbytes += answer.nbytes
         window.nbytes += answer.nbytes
         if answer.tier:
             of.tiers[answer.tier] += 1
             window.hits += answer.tier in ("ram", "nvme")
         for name, milliseconds in answer.stages.items():
-            stage = of.stages.get(name)
-            if stage is None:
-                stage = of.stages[name] = _histogram()
-            stage.record_value(_microseconds(milliseconds / 1e3))
+            of.stages[name].record_value(_microseconds(milliseconds / 1e3))
 
     @property
     def counted(self) -> tuple[int, int]:
@@ -180,6 +178,7 @@ class Recorder:
                     dict(track.errors),
                     dict(track.tiers),
                     track.nbytes,
+                    track.ended,
                 )
                 for name, track in self._tracks.items()
             },
@@ -224,7 +223,7 @@ def _added(counts: list[_Counts], width: int, seconds: float) -> Track:
         n=int(latency.get_total_count()),
         errors=_total(each.errors for each in counts),
         nbytes=sum(each.nbytes for each in counts),
-        seconds=seconds,
+        seconds=max(seconds, *(each.ended for each in counts)),
         latency_ms=quantiles(latency),
         service_ms=quantiles(_sum((each.service for each in counts), _DIGITS)),
         curve=[(share, us / 1e3) for share, us in latency.get_percentile_to_value_dict(list(CURVE)).items()],

@@ -37,9 +37,10 @@ import aiohttp
 import uvloop
 
 from cache.dicom.phantom import write_series
+from serving.demo.daemon import DaemonProcess
 
 from . import servers
-from .figures import at_most, quantile, say, summary
+from .figures import Bar, at_least, at_most, plain, quantile, say, summary
 
 RESULTS: Final = Path(__file__).resolve().parent / "results" / "observe.json"
 MIB: Final = 1 << 20
@@ -137,10 +138,6 @@ async def leases(url: str, wanted: Sequence[Study], at_a_time: int, tier: str) -
     return taken
 
 
-def nearest_rank(seconds: Sequence[float], share: float) -> float:
-    return sorted(seconds)[max(math.ceil(share * len(seconds)) - 1, 0)]
-
-
 def agree(folder: Path, hits: int) -> dict[str, Any]:
     """The p99 in milliseconds by tier, as each of the three tells it, and the raw seconds."""
     say(f"agree: {MISSES} misses, {hits} hits")
@@ -160,7 +157,7 @@ def agree(folder: Path, hits: int) -> dict[str, Any]:
             deadline = time.monotonic() + 60
             while prom.value(f'sum(voxcache_tier_seconds_count{{tier="{tier}"}})') != len(seconds):
                 assert time.monotonic() < deadline, "Prometheus has not seen all requests"
-                time.sleep(0.2)
+                time.sleep(0.2)  # it scrapes when it does, and tells this only when asked
         query = 'histogram_quantile(0.99, sum by (le) (voxcache_tier_seconds_bucket{{tier="{}"}}))'
         scraped = {tier: prom.value(query.format(tier)) for tier in raw}
         stats = _get(url, "/v1/stats")
@@ -169,7 +166,7 @@ def agree(folder: Path, hits: int) -> dict[str, Any]:
     for tier, seconds in raw.items():
         assert inside[tier]["n"] == len(seconds)
         p99 = {
-            "samples": nearest_rank(seconds, 0.99) * 1e3,
+            "samples": quantile(seconds, 0.99),
             "in_process": inside[tier]["p99_ms"],
             "prometheus": (scraped[tier] or math.nan) * 1e3,
         }
@@ -300,15 +297,15 @@ def cost(folder: Path, rounds: int) -> dict[str, Any]:
         for side, extra in (("on", f'[tracing]\nendpoint = "{spans}"'), ("off", ALL_OFF)):
             place = folder / side
             place.mkdir()
-            port = servers.free_port()
-            config = servers.settings(place, origin, ram=64 * MIB, nvme=256 * MIB, extra=extra, port=port)
-            command = [str(Path(sys.executable).parent / "voxcache"), "serve", "--config", str(config)]
-            ready = servers.answers(port, "/readyz")
-            daemon = stack.enter_context(servers.process(command, place / "voxcache.log", ready))
-            url = f"http://127.0.0.1:{port}"
+            config = servers.settings(place, origin, ram=64 * MIB, nvme=256 * MIB, extra=extra)
+            daemon = stack.enter_context(DaemonProcess(config, place / "voxcache.log"))
             if side == "on":
-                stack.enter_context(prometheus(place, url, every_s=15))
-            sides[side] = {"http": ByHttp(url, study), "socket": BySocket(url, study), "pid": daemon.pid}
+                stack.enter_context(prometheus(place, daemon.url, every_s=15))
+            sides[side] = {
+                "http": ByHttp(daemon.url, study),
+                "socket": BySocket(daemon.url, study),
+                "pid": daemon.pid,
+            }
         return {way: _turns(way, sides, rounds) for way in ALONE}
 
 
@@ -338,7 +335,7 @@ def _cpu_s(pid: int) -> float:
 
 def verdict(raw: dict[str, Any]) -> dict[str, Any]:
     """Figures and bars."""
-    bars: list[dict[str, object]] = []
+    bars: list[Bar] = []
     figures: dict[str, Any] = {}
     if "agree" in raw:
         figures["agree"] = raw["agree"]["tiers"]
@@ -357,17 +354,10 @@ def verdict(raw: dict[str, Any]) -> dict[str, Any]:
             p50 = told["on"]["p50_ms"] / told["off"]["p50_ms"]
             cpu_us = {side: statistics.median(seen["cpu_s"]) * 1e6 for side, seen in sides.items()}
             figures["cost"][way] = {**told, "throughput": throughput, "p50": p50, "p99": p99, "cpu_us": cpu_us}
-            bars.append(
-                {
-                    "name": f"throughput_{way}",
-                    "value": round(throughput, 3),
-                    "bar": LEAST_THROUGHPUT,
-                    "ok": throughput >= LEAST_THROUGHPUT,
-                }
-            )
+            bars.append(at_least(f"throughput_{way}", throughput, LEAST_THROUGHPUT))
             bars.append(at_most(f"p99_{way}", p99, MOST_P99))
     machine = {"cores": os.cpu_count(), "python": platform.python_version(), "kernel": platform.release()}
-    return {"benchmark": "observe", "machine": machine, **figures, "bars": bars}
+    return {"benchmark": "observe", "machine": machine, **figures, "bars": plain(bars)}
 
 
 def main() -> int:

@@ -11,6 +11,7 @@ from typing import Final
 
 import msgspec
 
+from .figures import Bar
 from .measures import Track
 
 ROOT: Final = Path(__file__).resolve().parents[1]
@@ -33,16 +34,6 @@ _PROGRAMS: Final = {
     "Redis": ("redis-server", "--version"),
     "Orthanc": ("/usr/sbin/Orthanc", "--version"),
 }
-
-
-class Bar(msgspec.Struct, frozen=True):
-    """What a figure has to reach: at least ``bar``, or at most."""
-
-    name: str
-    value: float
-    bar: float
-    ok: bool
-    says: str = ""
 
 
 class Table(msgspec.Struct, frozen=True):
@@ -98,14 +89,6 @@ class Report(msgspec.Struct, frozen=True):
     machine: Machine
     results: list[Result]
     failures: dict[str, str] = {}  # scenarios that ended in an error
-
-
-def at_least(name: str, value: float, bar: float, says: str = "") -> Bar:
-    return Bar(name, round(value, 3), bar, value >= bar, says)
-
-
-def at_most(name: str, value: float, bar: float, says: str = "") -> Bar:
-    return Bar(name, round(value, 3), bar, value <= bar, says)
 
 
 def machine() -> Machine:

@@ -8,6 +8,7 @@ the functions in which most time was spent themselves.
 """
 
 import argparse
+import functools
 import json
 import subprocess
 import sys
@@ -92,7 +93,7 @@ def main() -> int:
                 for name, requests in ways.items():
                     run(Load(requests, Closed(1, 1.0)), 1)
                     load = Load(requests, Closed(8, seconds))
-                    told[name] = recorded(ours, name, seconds, lambda load=load: run(load, 1))  # type: ignore[misc]
+                    told[name] = recorded(ours, name, seconds, functools.partial(run, load, 1))
             else:
                 requests = [lease(ours.url, series.ref, "misses") for series in made]
 

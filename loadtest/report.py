@@ -17,8 +17,9 @@ from typing import Final
 import msgspec
 
 from . import svg
+from .figures import Bar
 from .measures import Track
-from .outcome import ROOT, Bar, Machine, Phase, Report, Result, Table
+from .outcome import ROOT, Machine, Phase, Report, Result, Table
 
 BEGIN: Final = "<!-- bench -->"
 END: Final = "<!-- end bench -->"

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from .figures import say
+from .figures import plain, say
 from .outcome import Result
 
 #: What a scenario is given: its options. It gives its result; ``took_s`` and ``says`` are filled in.
@@ -27,7 +27,7 @@ def main(name: str, module: str, run: Run, more: Callable[[argparse.ArgumentPars
     parser.add_argument("--out", type=Path, help="write the result there")
     more(parser)
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, _end)  # what was started ends with its block
+    signal.signal(signal.SIGTERM, on_signal)  # what was started ends with its block
     start = time.perf_counter()
     say(f"{name}{', short form' if options.short else ''}")
     result = run(options)
@@ -47,10 +47,12 @@ def main(name: str, module: str, run: Run, more: Callable[[argparse.ArgumentPars
         for phase in result.phases
         for track, told in phase.tracks.items()
     }
-    bars = [{"name": bar.name, "value": bar.value, "bar": bar.bar, "ok": bar.ok} for bar in result.bars]
-    print(json.dumps({"benchmark": name, "figures": figures, "missing": result.missing, "bars": bars}), flush=True)
+    last = {"benchmark": name, "figures": figures, "missing": result.missing, "bars": plain(result.bars)}
+    print(json.dumps(last), flush=True)
     return 0 if all(bar.ok for bar in result.bars) else 1
 
 
-def _end(number: int, _: object) -> NoReturn:
+def on_signal(number: int, _: object) -> NoReturn:
+    """End as Ctrl-C does, block by block; once is enough."""
+    signal.signal(number, signal.SIG_IGN)
     raise SystemExit(128 + number)

@@ -6,12 +6,40 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
+
+from serving.demo.daemon import DaemonProcess
 
 START_S = 60.0
+
+
+class Server(NamedTuple):
+    """A running peer."""
+
+    port: int
+    pid: int
+
+
+def forked(work: Callable[[], None]) -> int:
+    """The process id of a child that does ``work``, and ends with it: what its parent would do at its end, it must not.
+
+    Whoever calls waits for it (``os.waitpid``).
+    """
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        work()
+        status = 0
+    except Exception:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
 
 
 def free_port() -> int:
@@ -23,21 +51,25 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def process(arguments: list[str], log: Path, ready: Callable[[], bool]) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that answers, until the block ends.
+def process(
+    arguments: list[str], log: Path, ready: Callable[[], bool], environment: dict[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that answers, until the block ends. ``environment``: its own, instead of ours.
 
     Raises:
         RuntimeError: it ended, or did not answer in time; the end of its log says why.
     """
     with log.open("wb") as output:
-        started = subprocess.Popen(arguments, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        started = subprocess.Popen(
+            arguments, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
+        )
     try:
         deadline = time.monotonic() + START_S
         while not ready():
             if started.poll() is not None or time.monotonic() > deadline:
                 said = log.read_text(errors="replace")[-2000:]
                 raise RuntimeError(f"{arguments[0]} does not answer (exit status {started.returncode}):\n{said}")
-            time.sleep(0.05)
+            time.sleep(0.05)  # a program of somebody else, which tells nobody that it is ready
         yield started
     finally:
         started.terminate()
@@ -132,26 +164,24 @@ def daemon(
     grpc_port: int = -1,
 ) -> Iterator[str]:
     """voxcache on such ``settings``. Yields its URL."""
-    port = free_port()
-    config = settings(folder, origin, ram=ram, nvme=nvme, extra=extra, triton=triton, port=port, grpc_port=grpc_port)
-    command = [str(Path(sys.executable).parent / "voxcache"), "serve", "--config", str(config)]
-    with process(command, folder / "voxcache.log", answers(port, "/readyz")):
-        yield f"http://127.0.0.1:{port}"
+    config = settings(folder, origin, ram=ram, nvme=nvme, extra=extra, triton=triton, grpc_port=grpc_port)
+    with DaemonProcess(config, folder / "voxcache.log") as running:
+        yield running.url
 
 
 @contextlib.contextmanager
-def redis(folder: Path) -> Iterator[int]:
-    """redis-server without persistence. Yields its port."""
-    port = free_port()
+def redis(folder: Path, *more: str, port: int = 0) -> Iterator[Server]:
+    """redis-server without persistence, unless ``more`` of its options say otherwise."""
+    port = port or free_port()
     command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
-    command += ["--proto-max-bulk-len", "1gb", "--dir", str(folder)]
-    with process(command, folder / "redis.log", listens(port)):
-        yield port
+    command += ["--proto-max-bulk-len", "1gb", "--dir", str(folder), *more]
+    with process(command, folder / "redis.log", listens(port)) as running:
+        yield Server(port, running.pid)
 
 
 @contextlib.contextmanager
-def nginx(folder: Path, root: Path) -> Iterator[int]:
-    """nginx with sendfile over the files of ``root``. Yields its port."""
+def nginx(folder: Path, root: Path) -> Iterator[Server]:
+    """nginx with sendfile over the files of ``root``."""
     port = free_port()
     temporaries = "\n".join(
         f"{kind}_temp_path {folder};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
@@ -172,5 +202,5 @@ def nginx(folder: Path, root: Path) -> Iterator[int]:
     )
     program = shutil.which("nginx") or "/usr/sbin/nginx"
     command = [program, "-c", str(config), "-p", str(folder), "-e", "stderr"]
-    with process(command, folder / "nginx.log", listens(port)):
-        yield port
+    with process(command, folder / "nginx.log", listens(port)) as running:
+        yield Server(port, running.pid)

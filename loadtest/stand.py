@@ -4,30 +4,32 @@ Everything listens on loopback ports of its own and ends with its block. `loadte
 """
 
 import contextlib
-import http.client
 import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final, NamedTuple
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import botocore.session
+import msgspec
 import obstore
+import xxhash
 from botocore.config import Config
 from obstore.store import S3Store
 
 from cache.dicom.phantom import write_series
 from cache.keys import SeriesRef
+from serving.demo.daemon import DaemonProcess
 
 from . import servers
-from .figures import say
+from .figures import metric, say
 from .generator import Request
 from .outcome import ROOT
 
@@ -148,8 +150,8 @@ def gateway(place: Path) -> Iterator[Bucket]:
 
     say("starting the S3 gateway")
     run("install")
-    run("start")
     try:
+        run("start")
         pids = [
             int(line.split("pid ")[1].split(",")[0]) for line in run("status").splitlines() if line.startswith("rgw")
         ]
@@ -169,61 +171,25 @@ def gateway(place: Path) -> Iterator[Bucket]:
 # ------------------------------------------------------------------ the daemon
 
 
-class Daemon:
-    """A running daemon. ``restart`` and ``kill`` keep its port and its folders."""
+class Daemon(DaemonProcess):
+    """A running daemon. ``stop`` and ``start``, or ``kill`` and ``start``, keep its port and its folders."""
 
     def __init__(self, place: Path, config: Path, port: int) -> None:
-        self.url = f"http://127.0.0.1:{port}"
+        super().__init__(config, place / "voxcache.log")
         self.place = place
-        self._config = config
         self.port = port
-        self._running: contextlib.ExitStack | None = None
-        self.pid = 0
 
-    def start(self) -> None:
-        """Return once it is ready. Raises: RuntimeError."""
-        command = [str(Path(sys.executable).parent / "voxcache"), "serve", "--config", str(self._config)]
-        stack = contextlib.ExitStack()
-        ready = servers.answers(self.port, "/readyz")
-        self.pid = stack.enter_context(servers.process(command, self.place / "voxcache.log", ready)).pid
-        self._running = stack
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of a metric's samples that carry ``labels``. Raises: KeyError: there is no such metric."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=120) as answer:  # noqa: S310 - our own
+            return metric(answer.read().decode(), name, **labels)
 
-    def stop(self) -> None:
-        if self._running is not None:
-            self._running.close()
-            self._running = None
-
-    def kill(self) -> None:
-        """As a crash would: no chance to write anything down. Workers end when they notice."""
-        os.kill(self.pid, 9)
-        self.stop()
-
-    def ask(self, method: str, path: str, body: object = None, timeout_s: float = 120.0) -> Any:
-        """The JSON of an answer; of other content its text. Raises: RuntimeError: a status from 400 on."""
-        place = urlsplit(self.url)
-        connection = http.client.HTTPConnection(place.hostname or "", place.port, timeout=timeout_s)
-        try:
-            connection.request(method, path, None if body is None else json.dumps(body))
-            answer = connection.getresponse()
-            text = answer.read().decode()
-            if answer.status >= 400:
-                raise RuntimeError(f"{method} {path}: {answer.status} {text[:300]}")
-            return json.loads(text) if answer.headers.get_content_type() == "application/json" else text
-        finally:
-            connection.close()
-
-    def metric(self, name: str, *labels: str) -> float:
-        """The sum of a metric's samples whose line has each of ``labels``."""
-        lines = str(self.ask("GET", "/metrics")).splitlines()
-        found = [
-            line
-            for line in lines
-            if line.startswith((f"{name} ", f"{name}{{")) and all(text in line for text in labels)
-        ]
-        return sum(float(line.rpartition(" ")[2]) for line in found)
+    def lease(self, ref: SeriesRef, **more: Any) -> Any:
+        """What is granted for a series' ``volume``; it is given back by nobody."""
+        return self.call("POST", "/v1/leases", {"study": ref.study, "series": ref.series, "recipe": "volume", **more})
 
     def held(self, ref: SeriesRef) -> list[dict[str, Any]]:
-        entries: list[dict[str, Any]] = self.ask("GET", f"/v1/studies/{ref.study}")["entries"]
+        entries: list[dict[str, Any]] = self.call("GET", f"/v1/studies/{ref.study}")["entries"]
         return entries
 
     def forget(self, refs: Iterable[SeriesRef]) -> None:
@@ -231,10 +197,10 @@ class Daemon:
         for ref in refs:
             end = time.monotonic() + _UNTIL_S
             while self.held(ref):
-                self.ask("DELETE", f"/v1/studies/{ref.study}")
+                self.call("DELETE", f"/v1/studies/{ref.study}")
                 if time.monotonic() > end:
                     raise RuntimeError(f"study {ref.study} does not go")
-                time.sleep(0.02)
+                time.sleep(0.02)  # another process, which tells this only when asked
 
     def until_written(self, ref: SeriesRef, kinds: Sequence[str] = ("pack", "tensor")) -> None:
         """Return once NVMe has the series' entries of these kinds. Raises: RuntimeError, after two minutes."""
@@ -242,7 +208,7 @@ class Daemon:
         while not set(kinds) <= {entry["kind"] for entry in self.held(ref) if entry["tier"] == "nvme"}:
             if time.monotonic() > end:
                 raise RuntimeError(f"study {ref.study} does not get to NVMe")
-            time.sleep(0.02)  # another process, which tells this only when asked
+            time.sleep(0.02)  # likewise
 
     def rss_outside_arena(self) -> int:
         """Bytes of resident memory that are no shared memory: of the daemon itself, its workers left out."""
@@ -271,11 +237,8 @@ def daemon(
         place, where, ram=ram, nvme=nvme, extra=extra, triton=triton, port=port, namespaces=namespaces
     )
     running = Daemon(place, config, port)
-    running.start()
-    try:
+    with running:
         yield running
-    finally:
-        running.stop()
 
 
 def instances(url: str, series: Series, track: str) -> list[Request]:
@@ -284,6 +247,15 @@ def instances(url: str, series: Series, track: str) -> list[Request]:
     return [
         Request(track, f"{base}/{number}", nbytes=series.files[key].stat().st_size)
         for number, key in enumerate(sorted(series.files))
+    ]
+
+
+def exact(url: str, series: Series, track: str, timeout_s: float = 120.0) -> list[Request]:
+    """The same, each of whose answers must be the object's very bytes."""
+    digests = [xxhash.xxh3_64(series.files[key].read_bytes()).hexdigest() for key in sorted(series.files)]
+    return [
+        msgspec.structs.replace(request, digest=digest, timeout_s=timeout_s)
+        for request, digest in zip(instances(url, series, track), digests, strict=True)
     ]
 
 

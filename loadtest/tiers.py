@@ -52,7 +52,7 @@ from cache.store import Store, StoreSettings
 from cache.workers.pool import Workers, WorkerSettings
 
 from . import servers
-from .figures import quantile, say
+from .figures import at_least, at_most, metric, plain, quantile, say
 
 RESULTS: Final = Path(__file__).resolve().parent / "results" / "tiers.json"
 MIB: Final = 1 << 20
@@ -273,9 +273,7 @@ class Caller:
 
     def state(self) -> float:
         """The state of the disk's reads."""
-        lines = str(self.ask("GET", "/metrics")).splitlines()
-        sample = 'voxcache_nvme_state{side="read"} '
-        return next(float(line.removeprefix(sample)) for line in lines if line.startswith(sample))
+        return metric(self.ask("GET", "/metrics"), "voxcache_nvme_state", side="read")
 
 
 def series_of(origin: Path, count: int, mib: int, seed: int) -> list[SeriesRef]:
@@ -391,17 +389,13 @@ def sick(folder: Path, count: int) -> dict[str, Any]:
             time.sleep(0.1)  # likewise
         raw["recovered_after_s"] = time.perf_counter() - start
         lines = (folder / "sick" / "voxcache.log").read_text().splitlines()
-        told = [json.loads(line) for line in lines if line.startswith("{")]
-        raw["log"] = [line["state"] for line in told if line["event"] == "disk" and line["side"] == "read"]
+        events = [json.loads(line) for line in lines if line.startswith("{")]
+        raw["log"] = [line["state"] for line in events if line["event"] == "disk" and line["side"] == "read"]
     say(f"sick: {raw['while_detecting']} misses until it was left alone; states told: {raw['log']}")
     return raw
 
 
 # ------------------------------------------------------------------ the run
-
-
-def bar(name: str, value: float, limit: float, ok: bool) -> dict[str, Any]:
-    return {"name": name, "value": value, "bar": limit, "ok": ok}
 
 
 def verdict(raw: dict[str, Any]) -> dict[str, Any]:
@@ -415,22 +409,22 @@ def verdict(raw: dict[str, Any]) -> dict[str, Any]:
         }
         for size, by in raw["read"].items():
             ratio = min(median(by["floor_sequential"]), median(by["floor_deep"])) / median(by["tier"])
-            bars.append(bar(f"nvme_read_vs_floor_{size}", ratio, 0.8, ratio >= 0.8))
+            bars.append(at_least(f"nvme_read_vs_floor_{size}", ratio, 0.8))
     if "write" in raw:
         cost = median(raw["write"]["written"]) / median(raw["write"]["not_written"]) - 1
         figures["fill_ms"] = {name: median(seconds) * 1e3 for name, seconds in raw["write"].items()}
-        bars.append(bar("write_behind_cost", cost, 0.05, cost <= 0.05))
+        bars.append(at_most("write_behind_cost", cost, 0.05))
     if "look-up" in raw:
         figures["look_up_us"] = {
             count: {"p50": quantile(seconds, 0.5) * 1e3, "p99": quantile(seconds, 0.99) * 1e3}
             for count, seconds in raw["look-up"].items()
         }
         few, *_, many = (by["p50"] for by in figures["look_up_us"].values())
-        bars += [bar("look_up_p50_us", many, 100, many <= 100), bar("look_up_flat", many / few, 4, many / few <= 4)]
+        bars += [at_most("look_up_p50_us", many, 100), at_most("look_up_flat", many / few, 4)]
     if "start" in raw:
         figures["start_s"] = {name: {"median": median(s), "max": max(s)} for name, s in raw["start"].items()}
         took = figures["start_s"]["from_notes"]["max"]
-        bars.append(bar("start_s", took, 5, took <= 5))
+        bars.append(at_most("start_s", took, 5))
     if "sick" in raw:
         sick_raw = raw["sick"]
         known = {name: seconds[sick_raw["while_detecting"] :] for name, seconds in sick_raw["miss"].items()}
@@ -443,12 +437,12 @@ def verdict(raw: dict[str, Any]) -> dict[str, Any]:
             "recovered_after_s": sick_raw["recovered_after_s"],
             "states": sick_raw["log"],
         }
-        bars += [bar("sick_miss_vs_origin", miss, 1.1, miss <= 1.1), bar("sick_hit_p99", hit, 1.5, hit <= 1.5)]
+        bars += [at_most("sick_miss_vs_origin", miss, 1.1), at_most("sick_hit_p99", hit, 1.5)]
     return {
         "benchmark": "tiers",
         "machine": {"cores": os.cpu_count(), "python": platform.python_version(), "kernel": platform.release()},
         **figures,
-        "bars": bars,
+        "bars": plain(bars),
     }
 
 

@@ -34,7 +34,7 @@ from cache.keys import SeriesRef
 from cache.workers.pool import WorkerSettings
 
 from . import servers
-from .figures import at_most, say, summary
+from .figures import at_most, plain, say, summary
 
 RESULTS: Final = Path(__file__).resolve().parent / "results" / "warm.json"
 MIB: Final = 1 << 20
@@ -220,7 +220,7 @@ def verdict(raw: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
         "median_s": median,
         "hits": {"rate_per_s": RATE, **latencies, "made_meanwhile": raw["made_during_hits"]},
         "floors": floors,
-        "bars": [at_most(name, values[name], bar) for name, bar in BARS.items()],
+        "bars": plain(at_most(name, values[name], bar) for name, bar in BARS.items()),
     }
 
 

@@ -40,8 +40,8 @@ _REST_S: Final = 0.5
 class WarmSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How entries are made ready before anybody asks for them.
 
-    parallel: entries that are made at once; requests do not count. Where some were answered while an entry was made or failed,
-        its place then rests for as long as that took, up to half a second.
+    parallel: entries that are made at once; requests do not count. Where some were answered while an entry was made,
+        or failed, its place then rests for as long as that took, up to half a second.
     origin_bytes: bytes of series that are fetched for them at once; a series that is larger goes alone.
     """
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import http.client
 import io
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,7 +25,7 @@ AT_ONCE: Final = 32
 Tensor = npt.NDArray[np.int16]
 
 
-class Peer:
+class Peer(ABC):
     """One of those who are compared. ``limit``: bytes that it may use, of RAM or of disk as is its way."""
 
     name: ClassVar[str]
@@ -42,15 +43,16 @@ class Peer:
         self.pid = 0
         place.mkdir(parents=True, exist_ok=True)
 
+    @abstractmethod
     def start(self, stack: contextlib.ExitStack) -> None:
         """Begin; ``stack`` ends it. Raises: RuntimeError: it cannot."""
 
-    def load(self, series: Series) -> None:
+    def load(self, series: Series) -> None:  # noqa: B027 - most need nothing
         """What has to be done once before a series can be asked for; it is in no figure."""
 
+    @abstractmethod
     def tensor(self, series: Series) -> Tensor:
         """The tensor, from wherever the peer has it by now; the first time it has nothing."""
-        raise NotImplementedError
 
     def requests(self, series: Series) -> list[Request]:
         """GETs of the series' objects, for who serves them over HTTP."""
@@ -59,6 +61,19 @@ class Peer:
     def disk(self) -> Path | None:
         """Where it keeps what it has on disk."""
         return None
+
+
+def expected(series: Series) -> Tensor:
+    """The tensor that every peer must hand over, from the files that went into the bucket."""
+    return volume_of([path.read_bytes() for path in series.files.values()])
+
+
+def check(tensor: Tensor, right: Tensor) -> None:
+    """Raises: AssertionError: it is not the tensor that the objects have."""
+    assert (tensor.shape, tensor.dtype) == (right.shape, right.dtype), f"{tensor.dtype} of {tensor.shape}"
+    # eight bytes at a time: it is done after every hit
+    same = np.array_equal(tensor.reshape(-1).view(np.uint64), right.reshape(-1).view(np.uint64))
+    assert same, "another tensor than the objects have"
 
 
 def volume_of(objects: Sequence[Any]) -> Tensor:

@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import tempfile
+from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -33,11 +34,13 @@ class _Ready(Peer):
             return volume
         return np.frombuffer(held, np.int16).reshape(-1, 512, 512)
 
+    @abstractmethod
     def _get(self, key: str) -> Any:
-        raise NotImplementedError
+        """The tensor's bytes, or None."""
 
+    @abstractmethod
     def _put(self, key: str, volume: Tensor) -> None:
-        raise NotImplementedError
+        """Keep it."""
 
 
 class RedisTensors(_Ready):
@@ -49,11 +52,8 @@ class RedisTensors(_Ready):
     def start(self, stack: contextlib.ExitStack) -> None:
         super().start(stack)
         program("redis-server", "redis")
-        port = servers.free_port()
-        command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
-        command += ["--proto-max-bulk-len", "1gb", "--dir", str(self.place)]
-        command += ["--maxmemory", str(self.limit), "--maxmemory-policy", "allkeys-lru"]
-        self.pid = stack.enter_context(servers.process(command, self.place / "redis.log", servers.listens(port))).pid
+        bounds = ("--maxmemory", str(self.limit), "--maxmemory-policy", "allkeys-lru")
+        port, self.pid = stack.enter_context(servers.redis(self.place, *bounds))
         self._client = redis.Redis(port=port)
         stack.callback(self._client.close)
 
@@ -95,8 +95,7 @@ class NginxFiles(_Ready):
     def start(self, stack: contextlib.ExitStack) -> None:
         super().start(stack)
         self._shared = stack.enter_context(_shared())
-        port = stack.enter_context(servers.nginx(self.place, self._shared))
-        self.pid = int((self.place / "nginx.pid").read_text())
+        port, self.pid = stack.enter_context(servers.nginx(self.place, self._shared))
         self._files = http.client.HTTPConnection("127.0.0.1", port)
         stack.callback(self._files.close)
 

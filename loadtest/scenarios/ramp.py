@@ -2,7 +2,7 @@
 
 In turn: straight from the bucket's gateway, from Orthanc, from a daemon that has nothing, and from one that has read
 all of it before. The images are the same: CT slices of 512 KiB of several studies. Users come by Locust, evenly over
-the time that a phase takes: 20 minutes, 60 seconds in the short form.
+the time that a phase takes: 20 minutes, 20 seconds in the short form.
 
     python -m loadtest.scenarios.ramp [--short] [--seconds S] [--users N] [--studies N] [--out FILE]
 """
@@ -10,6 +10,7 @@ the time that a phase takes: 20 minutes, 60 seconds in the short form.
 import argparse
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -19,10 +20,10 @@ from typing import Final
 import msgspec
 
 from loadtest import scenario
-from loadtest.figures import say
+from loadtest.figures import Bar, at_least, at_most, say
 from loadtest.generator import Request
 from loadtest.measures import Snapshot, Track, together
-from loadtest.outcome import ROOT, Bar, Phase, Result, Table, at_least, at_most
+from loadtest.outcome import ROOT, Phase, Result, Table
 from loadtest.peers.archives import Orthanc
 from loadtest.stand import MIB, cpu_s, daemon, folder, gateway, instances, make_series, objects
 
@@ -31,7 +32,7 @@ BARS: Final = {"gateway": 5.0, "Orthanc": 3.0}
 
 
 def ramp(options: argparse.Namespace) -> Result:
-    seconds = options.seconds or (60.0 if options.short else 1200.0)
+    seconds = options.seconds or (20.0 if options.short else 1200.0)
     missing: dict[str, str] = {}
     phases: list[Phase] = []
     spent: dict[str, float] = {}
@@ -84,7 +85,7 @@ def ramp(options: argparse.Namespace) -> Result:
 
 
 def users(place: Path, requests: list[Request], most: int, seconds: float) -> Track:
-    """The figures of Locust's users. Raises: RuntimeError: it failed, or did not end in time."""
+    """The figures of Locust's users. Raises: RuntimeError: it failed, in whole or in part, or did not end in time."""
     out = place / "locust"
     out.mkdir(exist_ok=True)
     for old in out.iterdir():
@@ -99,7 +100,8 @@ def users(place: Path, requests: list[Request], most: int, seconds: float) -> Tr
     }
     command = [str(Path(sys.executable).parent / "locust"), "-f", str(ROOT / "loadtest" / "locustfile.py")]
     command += ["--headless", "--only-summary", "--loglevel", "WARNING", "--exit-code-on-error", "0"]
-    command += ["--processes", str(max(1, len(os.sched_getaffinity(0)) // 2))]
+    workers = max(1, len(os.sched_getaffinity(0)) // 2)
+    command += ["--processes", str(workers)]
     started = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
     try:
         status = started.wait(seconds + 120)
@@ -108,12 +110,14 @@ def users(place: Path, requests: list[Request], most: int, seconds: float) -> Tr
         raise RuntimeError("Locust did not end in time") from None
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(started.pid, 9)
+            os.killpg(started.pid, signal.SIGKILL)
         started.wait()
     told = [msgspec.msgpack.decode(file.read_bytes(), type=Snapshot) for file in out.iterdir()]
+    if status or len(told) != workers:
+        raise RuntimeError(f"Locust ended with {status}; of its {workers} processes {len(told)} lasted until the end")
     found = together(told, seconds)
-    if status or "images" not in found:
-        raise RuntimeError(f"Locust ended with {status}, and {'no' if not found else 'some'} figures")
+    if "images" not in found:
+        raise RuntimeError("Locust's users have asked for nothing")
     return found["images"]
 
 
@@ -123,7 +127,7 @@ def _until_gone(group: int, most_s: float) -> None:
     with contextlib.suppress(ProcessLookupError):
         while time.monotonic() < end:
             os.killpg(group, 0)
-            time.sleep(0.05)
+            time.sleep(0.05)  # they are no children of ours: nobody tells when they end
 
 
 def _table(phases: list[Phase], spent: dict[str, float]) -> Table:
@@ -152,7 +156,7 @@ def _bars(tracks: dict[str, Track]) -> list[Bar]:
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seconds", type=float, default=0.0, help="of each phase (default: 1200, short: 60)")
+    parser.add_argument("--seconds", type=float, default=0.0, help="of each phase (default: 1200, short: 20)")
     parser.add_argument("--users", type=int, default=100, help="in the end (default: 100)")
     parser.add_argument("--studies", type=int, default=8, help="of 100 images each (default: 8)")
 

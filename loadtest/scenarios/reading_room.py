@@ -19,9 +19,9 @@ from typing import Final
 import numpy as np
 
 from loadtest import scenario
-from loadtest.figures import say
+from loadtest.figures import Bar, at_most, say
 from loadtest.generator import Open, Request, mixed, run
-from loadtest.outcome import Bar, Phase, Result, Table, at_most
+from loadtest.outcome import Phase, Result, Table
 from loadtest.stand import MIB, Daemon, Series, daemon, folder, gateway, lease, make_series
 from loadtest.workload import HOUR, Workload, requests
 

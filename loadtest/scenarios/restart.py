@@ -10,25 +10,26 @@ window is told, from the first to the last request that failed, by class; what d
 import argparse
 import contextlib
 import json
+import math
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple, Protocol
+from urllib.parse import urlsplit
 
 import msgspec
-import xxhash
 
 from loadtest import ends, scenario, servers
-from loadtest.figures import say
+from loadtest.figures import at_most, say
 from loadtest.generator import Load, Open, Request, evenly, mixed, run
-from loadtest.measures import Track
-from loadtest.outcome import Phase, Result, Table, at_most
-from loadtest.stand import MIB, Daemon, Series, daemon, folder, gateway, instances, lease, make_series, program
+from loadtest.measures import Track, Window, window_width
+from loadtest.outcome import Phase, Result, Table
+from loadtest.stand import MIB, Bucket, Daemon, Series, daemon, exact, folder, gateway, lease, make_series, program
 from serving.demo.tritonserver import TritonServer
 
 RATE: Final = 20
@@ -36,12 +37,27 @@ RATE: Final = 20
 NEEDS: Final = {"hits": "", "leases": "", "misses": "gateway", "inferences": "Triton", "arrivals": "Redis"}
 
 
+class Thing(Protocol):
+    """What can be killed, and started again: ``start`` returns once it answers."""
+
+    def kill(self) -> None: ...
+    def start(self) -> None: ...
+
+
+class Away(NamedTuple):
+    """Who was killed when (seconds since the load began), and for how long it did not answer."""
+
+    name: str
+    at: float
+    seconds: float
+
+
 def restart(options: argparse.Namespace) -> Result:
     calm_s, misses = (6.0, 24) if options.short else (30.0, 120)
     missing: dict[str, str] = {}
     with folder("restart") as place, contextlib.ExitStack() as stack:
         bucket = stack.enter_context(gateway(place))
-        ceph = Gateway(place)
+        ceph = Gateway(place, bucket)
         stack.callback(ceph.stop)
         say(f"storing {misses + 1} series")
         hit = make_series(place / "series", 8, seed=0)
@@ -52,22 +68,22 @@ def restart(options: argparse.Namespace) -> Result:
         stack.callback(redis.stop)
         triton = TritonServer(place / "triton.log", [ends.build(place, {"ends": ""})])
         stack.callback(triton.stop)
-        things: dict[str, tuple[Callable[[], None], Callable[[], None]]] = {}
+        things: dict[str, Thing] = {}
         extra = '[store]\nrevalidate = "events"\n[arrivals]\nwarm = ["volume"]\nquiet_s = 0.2\n'
         told_triton = 'url = ""'
         try:
             redis.start()
             extra += f'[redis]\nurl = "redis://127.0.0.1:{redis.port}"\ntimeout_s = 1.0\n'
-            things["Redis"] = (redis.kill, redis.start)
+            things["Redis"] = redis
         except RuntimeError as error:
             missing["Redis"] = str(error)[:300]
         try:
             triton.start()
             told_triton = f'url = "{triton.url}"\ngrpc = "{triton.grpc_url}"\nquarantine_s = 2.0'
-            things["Triton"] = (triton.kill, triton.start)
+            things["Triton"] = triton
         except Exception as error:
             missing["Triton"] = str(error)[:300]
-        things["gateway"] = (ceph.kill, ceph.start)
+        things["gateway"] = ceph
         total = sum(series.nbytes for series in (hit, *others))
         running = daemon(
             place / "ours",
@@ -78,21 +94,23 @@ def restart(options: argparse.Namespace) -> Result:
             triton=told_triton,
         )
         ours = stack.enter_context(running)
-        things["daemon"] = (ours.kill, ours.start)
-        ours.ask("POST", "/v1/leases", {"study": hit.ref.study, "series": hit.ref.series, "recipe": "volume"})
+        things["daemon"] = ours
+        ours.lease(hit.ref)
         ours.until_written(hit.ref)
         seconds = calm_s * (2 * len(things) + 1)
         load = _load(ours, hit, others, seconds, triton="Triton" in things, redis="Redis" in things)
-        away: list[tuple[str, float, float]] = []
-        breaking: list[threading.Thread] = []
+        away: list[Away] = []
+        over = threading.Event()
+        pool = stack.enter_context(ThreadPoolExecutor(1))
+        stack.callback(over.set)  # nothing is started again once this block ends
+        breaking: list[Future[None]] = []
 
         def began(start: float) -> None:
-            breaking.append(threading.Thread(target=_break, args=(things, calm_s, start, away)))
-            breaking[0].start()
+            breaking.append(pool.submit(_break, things, calm_s, start, away, over))
 
         tracks = run(load, 1, began)
-        breaking[0].join()
-        rows, stray = windows(tracks, away)
+        breaking[0].result()
+        rows, stray = windows(tracks, away, window_width(load.seconds))
         wrong = sum(
             track.errors.get("wrong bytes", 0) + track.errors.get("wrong length", 0) for track in tracks.values()
         )
@@ -114,21 +132,18 @@ def restart(options: argparse.Namespace) -> Result:
         ],
         bars=[
             at_most("restart: wrong bytes", wrong, 0),
-            at_most("restart: hits that failed while the daemon was there", stray, 0),
+            at_most("restart: requests that failed while what they need was there", stray, 0),
         ],
         missing=missing,
     )
 
 
 def _load(ours: Daemon, hit: Series, others: list[Series], seconds: float, *, triton: bool, redis: bool) -> Load:
-    exact = [
-        msgspec.structs.replace(request, digest=xxhash.xxh3_64(hit.files[key].read_bytes()).hexdigest(), timeout_s=5.0)
-        for request, key in zip(instances(ours.url, hit, "hits"), sorted(hit.files), strict=True)
-    ]
+    hits = exact(ours.url, hit, "hits", timeout_s=5.0)
     leases = [msgspec.structs.replace(lease(ours.url, hit.ref, "leases"), timeout_s=5.0)]
     missed = [msgspec.structs.replace(lease(ours.url, each.ref, "misses"), timeout_s=10.0) for each in others]
     loads = [
-        (exact, evenly(RATE, seconds, range(len(exact)))),
+        (hits, evenly(RATE, seconds, range(len(hits)))),
         (leases, evenly(RATE, seconds, [0])),
         (missed, Open([(number * seconds / len(missed), number) for number in range(len(missed))])),
     ]
@@ -150,41 +165,57 @@ def _load(ours: Daemon, hit: Series, others: list[Series], seconds: float, *, tr
     return mixed(*loads)
 
 
-def _break(
-    things: dict[str, tuple[Callable[[], None], Callable[[], None]]],
-    calm_s: float,
-    start: float,
-    away: list[tuple[str, float, float]],
-) -> None:
-    """Kill and start one after another; when, and for how long they were away."""
-    for number, (name, (kill, begin)) in enumerate(things.items()):
-        time.sleep(max(0.0, start + calm_s * (2 * number + 1) - time.monotonic()))
+def _break(things: dict[str, Thing], calm_s: float, start: float, away: list[Away], over: threading.Event) -> None:
+    """Kill and start one after another; when, and for how long they were away. Raises: what a start raises."""
+    for number, (name, thing) in enumerate(things.items()):
+        # in the middle of a second: who was asked shortly before is in the same window
+        if over.wait(max(0.0, start + calm_s * (2 * number + 1) + 0.5 - time.monotonic())):
+            return
         at = time.monotonic()
         say(f"  {name} is killed")
-        kill()
-        time.sleep(1.0)
-        try:
-            begin()
-        except Exception as error:
-            say(f"  {name} does not come back: {error}")
-        away.append((name, at - start, time.monotonic() - at))
-        say(f"  {name} is back after {away[-1][2]:.1f} s")
+        thing.kill()
+        over.wait(1.0)
+        thing.start()
+        away.append(Away(name, at - start, time.monotonic() - at))
+        say(f"  {name} is back after {away[-1].seconds:.1f} s")
 
 
-def windows(tracks: dict[str, Track], away: list[tuple[str, float, float]]) -> tuple[list[list[Any]], int]:
-    """Rows of the table, and how many hits and leases failed outside of the daemon's own absence."""
+def windows(tracks: dict[str, Track], away: list[Away], width: float) -> tuple[list[list[Any]], int]:
+    """Rows of the table, and how many requests failed although all that they need was there.
+
+    A row has the windows, so many seconds wide, before whose end its thing was the last to be killed.
+    """
     rows: list[list[Any]] = []
     stray = 0
-    for number, (name, at, gone) in enumerate(away):
-        until = away[number + 1][1] if number + 1 < len(away) else float("inf")
-        for track, told in tracks.items():
-            failed = [w for w in told.windows if w.errors and at - 1 < w.start and w.start + 1 <= until]
-            if failed:
-                span = failed[-1].start + 1 - failed[0].start
-                rows.append([name, round(at, 1), round(gone, 1), track, sum(w.errors for w in failed), span])
-                if name != "daemon" and not NEEDS[track]:
-                    stray += sum(window.errors for window in failed)
-    return rows, stray
+    for track, of in tracks.items():
+        failed: dict[Away, list[Window]] = {}
+        for window in of.windows:
+            if window.errors:
+                end = window.start + width
+                last = next((gone for gone in reversed(away) if gone.at < end), Away("nothing yet", 0.0, 0.0))
+                failed.setdefault(last, []).append(window)
+                if not any(since < end and window.start < until for since, until in _excuses(track, away)):
+                    stray += window.errors
+        for gone, some in failed.items():
+            errors = sum(window.errors for window in some)
+            span = some[-1].start + width - some[0].start
+            rows.append([gone.name, round(gone.at, 1), round(gone.seconds, 1), track, errors, span])
+    return sorted(rows, key=lambda row: float(row[1])), stray
+
+
+def _excuses(track: str, away: list[Away]) -> Iterator[tuple[float, float]]:
+    """From when until when requests of a class may fail.
+
+    The daemon is ready when it answers: hits need no more. What the others need is itself again after a while, as pools
+    and pauses have it, and at the latest when the next one is killed.
+    """
+    for number, gone in enumerate(away):
+        if not NEEDS[track]:
+            until = gone.at + gone.seconds
+        else:
+            until = away[number + 1].at if number + 1 < len(away) else math.inf
+        if gone.name == "daemon" or gone.name == NEEDS[track]:
+            yield gone.at, until
 
 
 # ------------------------------------------------------------------ what is killed
@@ -193,49 +224,28 @@ def windows(tracks: dict[str, Track], away: list[tuple[str, float, float]]) -> t
 class Gateway:
     """The gateway's own process; its storage stays."""
 
-    def __init__(self, place: Path) -> None:
-        self._run = place / "ceph" / "run"
-        self._command: list[str] = []
-        self._environment: dict[str, str] = {}
-        self._again: subprocess.Popen[bytes] | None = None
+    def __init__(self, place: Path, bucket: Bucket) -> None:
+        self._pid = bucket.pid
+        self._ready = servers.answers(urlsplit(bucket.endpoint).port or 0, "/")
+        self._log = place / "radosgw.log"
+        self._stack = contextlib.ExitStack()
 
     def kill(self) -> None:
-        pid = next(int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal() and self._mine(entry))
-        proc = Path(f"/proc/{pid}")
-        self._command = [part.decode() for part in (proc / "cmdline").read_bytes().split(b"\0") if part]
-        self._program = str((proc / "exe").readlink())
-        pairs = (
-            pair.decode(errors="replace").partition("=")
-            for pair in (proc / "environ").read_bytes().split(b"\0")
-            if pair
-        )
-        self._environment = {name: value for name, _, value in pairs}
-        self._folder = str((proc / "cwd").readlink())
-        os.kill(pid, signal.SIGKILL)
+        proc = Path(f"/proc/{self._pid}")
+        command = [part.decode() for part in (proc / "cmdline").read_bytes().split(b"\0") if part]
+        pairs = (proc / "environ").read_bytes().decode(errors="replace").split("\0")
+        self._again = command, dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+        os.kill(self._pid, signal.SIGKILL)
+
+    def start(self) -> None:
+        """Return once it answers. Raises: RuntimeError."""
+        command, environment = self._again
+        running = servers.process(command, self._log, self._ready, environment)
+        self._pid = self._stack.enter_context(running).pid
 
     def stop(self) -> None:
         """End what was started here; the others are not ours to end."""
-        if self._again is not None:
-            self._again.kill()
-            self._again.wait()
-
-    def start(self) -> None:
-        self._again = subprocess.Popen(
-            self._command,
-            executable=self._program,
-            env=self._environment,
-            cwd=self._folder,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-
-    def _mine(self, entry: Path) -> bool:
-        with contextlib.suppress(OSError):
-            words = (entry / "cmdline").read_bytes()
-            return b"radosgw" in words.split(b"\0")[0] and str(self._run.parent).encode() in words
-        return False
+        self._stack.close()
 
 
 class Redis:
@@ -244,27 +254,22 @@ class Redis:
     def __init__(self, place: Path) -> None:
         self.port = servers.free_port()
         self._place = place
-        self._process: subprocess.Popen[bytes] | None = None
+        self._stack = contextlib.ExitStack()
+        self._pid = 0
 
     def start(self) -> None:
-        """Raises: RuntimeError."""
+        """Return once it answers. Raises: RuntimeError."""
+        program("redis-server", "redis")
         self._place.mkdir(exist_ok=True)
-        command = [program("redis-server", "redis"), "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
-        command += ["--appendonly", "yes", "--dir", str(self._place)]
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        end = time.monotonic() + 30
-        while not servers.listens(self.port)():
-            if time.monotonic() > end:
-                raise RuntimeError("redis-server does not answer")
-            time.sleep(0.02)
+        running = servers.redis(self._place, "--appendonly", "yes", port=self.port)
+        self._pid = self._stack.enter_context(running).pid
 
     def kill(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
+        os.kill(self._pid, signal.SIGKILL)
+        self.stop()
 
-    stop = kill
+    def stop(self) -> None:
+        self._stack.close()
 
 
 if __name__ == "__main__":

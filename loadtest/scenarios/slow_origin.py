@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Final
 
 from loadtest import scenario, slow
-from loadtest.figures import say
+from loadtest.figures import Bar, at_most, say
 from loadtest.generator import Open, evenly, mixed, run
 from loadtest.measures import Track
-from loadtest.outcome import Bar, Phase, Result, at_most
+from loadtest.outcome import Phase, Result
 from loadtest.stand import MIB, Bucket, Series, daemon, folder, gateway, lease, make_series
 
 SHARE: Final = 0.005
@@ -31,8 +31,8 @@ WAYS: Final = {
     "late, no hedges, no deadlines": "hedge = 0.0\ndeadline_s = 0.0\nread_timeout_s = 60.0",
     "late, a deadline of 2 s": "hedge = 0.0\ndeadline_s = 2.0",
 }
-#: Left to the long form.
-LONG: Final = ("late, no hedges, no deadlines",)
+#: Who is without hedges, as the bucket is: the one without deadlines takes long, so the short form has the other.
+BARE: Final = {False: "late, no hedges, no deadlines", True: "late, no hedges"}
 #: Misses' p99 with hedges by that without; hits' p99 on the late bucket by that on the calm one.
 HEDGED: Final = 0.25
 NOISE: Final = 1.5
@@ -51,7 +51,7 @@ def slow_origin(options: argparse.Namespace) -> Result:
         phases = []
         notes = []
         with slow.before(bucket, place, SHARE, LATE_S) as late:
-            ways = [way for way in WAYS.items() if not (options.short and way[0] in LONG)]
+            ways = [way for way in WAYS.items() if not (options.short and way[0] == BARE[False])]
             for number, (name, settings) in enumerate(ways):
                 say(f"  {name}")
                 origin = bucket if name == "calm" else late
@@ -70,7 +70,7 @@ def slow_origin(options: argparse.Namespace) -> Result:
             "hits/s": RATE,
         },
         phases=phases,
-        bars=_bars({phase.name: phase for phase in phases}),
+        bars=_bars({phase.name: phase for phase in phases}, BARE[options.short]),
         notes=notes,
     )
 
@@ -84,36 +84,29 @@ def phase(
     with daemon(
         place, origin, ram=4 * total + 256 * MIB, nvme=4 * total + 256 * MIB, extra=extra, origin_more=settings
     ) as ours:
-        ours.ask(
-            "POST", "/v1/leases", {"study": hit.ref.study, "series": hit.ref.series, "recipe": "volume", "ttl_s": 3600}
-        )
+        ours.lease(hit.ref, ttl_s=3600)
         hits = [lease(ours.url, hit.ref, "hits")]
         missed = [lease(ours.url, series.ref, "misses") for series in others]
         due = Open([(1.0 + number * every_s, number) for number in range(len(missed))])
         seconds = 1.0 + len(missed) * every_s
         tracks = run(mixed((hits, evenly(RATE, seconds, [0])), (missed, due)), 1)
-        told = {
-            how: ours.metric("voxcache_hedges_total", f'outcome="{how}"') for how in ("won", "lost", "failed", "denied")
-        }
+        told = {how: ours.metric("voxcache_hedges_total", outcome=how) for how in ("won", "lost", "failed", "denied")}
         retries = ours.metric("voxcache_origin_retries_total")
-        fetched = ours.metric("voxcache_origin_requests_total", 'kind="fetch"', 'outcome="ok"')
+        fetched = ours.metric("voxcache_origin_requests_total", kind="fetch", outcome="ok")
     hedges = ", ".join(f"{int(count)} {how}" for how, count in told.items())
     return tracks, f"{int(fetched)} objects fetched, hedges: {hedges}; {int(retries)} retries"
 
 
-def _bars(phases: dict[str, Phase]) -> list[Bar]:
-    calm, hedged, bare = (
-        phases[name].tracks for name in ("calm", "late, as it comes", "late, no hedges, no deadlines")
-    )
-    bars = []
-    if hedged["misses"].n and bare["misses"].n:
-        value = hedged["misses"].latency_ms["p99"] / bare["misses"].latency_ms["p99"]
-        bars.append(at_most("slow origin: misses' p99 with hedges, by that without", value, HEDGED))
-    value = hedged["hits"].latency_ms["p99"] / calm["hits"].latency_ms["p99"]
-    bars.append(at_most("slow origin: hits' p99, by that on the calm bucket", value, NOISE))
+def _bars(phases: dict[str, Phase], without: str) -> list[Bar]:
+    calm, hedged, bare = (phases[name].tracks for name in ("calm", "late, as it comes", without))
+    misses = hedged["misses"].latency_ms["p99"] / bare["misses"].latency_ms["p99"]
+    hits = hedged["hits"].latency_ms["p99"] / calm["hits"].latency_ms["p99"]
     errors = sum(sum(track.errors.values()) for track in hedged.values())
-    bars.append(at_most("slow origin: errors", errors, 0))
-    return bars
+    return [
+        at_most("slow origin: misses' p99 with hedges, by that without", misses, HEDGED),
+        at_most("slow origin: hits' p99, by that on the calm bucket", hits, NOISE),
+        at_most("slow origin: errors", errors, 0),
+    ]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The load generator's arithmetic: a server that stalls is not spared the requests that waited for it."""
 
 import asyncio
+import itertools
 import time
 from collections.abc import Callable
 
@@ -88,6 +89,71 @@ async def test_what_is_never_answered_is_an_error(monkeypatch: pytest.MonkeyPatc
     assert figures(recorder).errors == {"unanswered": 2}
 
 
+async def test_a_user_that_is_never_answered_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Closed loop: what each user waits for when the run gives up is counted, too."""
+    monkeypatch.setattr("loadtest.generator._GRACE_S", 0.05)
+    recorder = Recorder(1.0)
+    asked = 0
+
+    async def ask(_: Request) -> Answer:
+        nonlocal asked
+        asked += 1
+        if asked > 2:
+            await asyncio.Event().wait()
+        return Answer()
+
+    way = Closed(users=2, seconds=0.05)
+    await closed_loop(Load([REQUEST], way), way, ask, recorder, time.monotonic())
+    track = figures(recorder)
+    assert asked == 4 and (track.n, track.errors) == (2, {"unanswered": 2})
+
+
+async def test_a_pause_at_the_end_is_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user who thinks when the run gives up waits for nothing."""
+    monkeypatch.setattr("loadtest.generator._GRACE_S", 0.05)
+    recorder = Recorder(1.0)
+
+    async def ask(_: Request) -> Answer:
+        return Answer()
+
+    way = Closed(users=1, seconds=0.05, think_s=1e6)
+    await closed_loop(Load([REQUEST], way), way, ask, recorder, time.monotonic())
+    assert (figures(recorder).n, figures(recorder).errors) == (1, {})
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.02])
+async def test_a_failure_of_the_generator_itself_ends_the_run(after_s: float) -> None:
+    """Open loop: it is neither lost nor taken for the server's; also one that came long before the end."""
+    recorder = Recorder(1.0)
+
+    async def ask(_: Request) -> Answer:
+        await asyncio.sleep(after_s)
+        raise LookupError("no such thing")
+
+    way = Open([(0.0, 0), (0.01, 0)])
+    with pytest.raises(LookupError):
+        await open_loop(Load([REQUEST], way), way, ask, recorder, time.monotonic())
+    assert figures(recorder).errors == {"unanswered": 2}
+
+
+async def test_each_request_is_counted_once_however_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answered, failed and unanswered add up to what was due, also with answers in the very moment of the end."""
+    monkeypatch.setattr("loadtest.generator._GRACE_S", 0.05)
+    recorder = Recorder(1.0)
+    numbers = itertools.count()
+
+    async def ask(_: Request) -> Answer:
+        number = next(numbers)
+        await asyncio.sleep(0.05 if number % 3 else 10.0)
+        return Answer(error="503" if number % 3 == 1 else "")
+
+    way = Open([(0.0, 0)] * 300)
+    await open_loop(Load([REQUEST], way), way, ask, recorder, time.monotonic())
+    track = figures(recorder)
+    assert track.n + sum(track.errors.values()) == 300 == recorder.counted[0]
+    assert track.errors["unanswered"] >= 100
+
+
 def test_errors_are_counted_and_not_timed() -> None:
     """An error that comes fast must not make a run look fast."""
     recorder = Recorder(10.0)
@@ -99,6 +165,16 @@ def test_errors_are_counted_and_not_timed() -> None:
     assert [(window.start, window.n, window.errors) for window in track.windows] == [(0.0, 1, 0), (3.0, 0, 1)]
     assert track.stages["fetch"].mean_ms == pytest.approx(1.5, rel=2e-3)
     assert track.hit_ratio == 1.0 and track.rate == pytest.approx(0.1)
+
+
+def test_a_rate_is_by_the_time_until_the_last_answer() -> None:
+    """What is all due at once takes as long as it takes; what fails adds no time."""
+    recorder = Recorder(0.0)
+    for number in range(10):
+        recorder.note("all", 0.0, 0.0, number / 5, Answer())
+    recorder.note("all", 0.0, 0.0, 30.0, Answer(error="unanswered"))
+    assert figures(recorder, 0.0).rate == pytest.approx(10 / 1.8)
+    assert figures(recorder, 5.0).rate == pytest.approx(10 / 5)
 
 
 def test_processes_add_up() -> None:
@@ -182,6 +258,41 @@ async def test_several_processes_send_all_of_a_load(serve: Serve) -> None:
     assert tracks["right"].tiers == {"ram": 4} and tracks["right"].nbytes == 12
     assert tracks["right"].stages["list"].n == 4
     assert len(seen) == 24 and seen.count("DELETE /leases/7") == 4
+
+
+async def test_several_processes_make_one_rate(serve: Serve) -> None:
+    """The rate of a load is that of all its processes together, in a closed loop by all of its users."""
+    app = web.Application()
+    asked: set[str] = set()
+
+    async def answer(request: web.Request) -> web.Response:
+        asked.add(request.path)
+        await asyncio.sleep(0.1)
+        return web.Response()
+
+    app.router.add_get("/{path:.*}", answer)
+    url = await serve(app)
+    requests = [Request("all", f"{url}/{number}") for number in range(6)]
+    opened = (await asyncio.to_thread(run, Load(requests, evenly(40, 1.0, range(6))), 3))["all"]
+    assert (opened.n, opened.errors) == (40, {})
+    assert opened.rate == pytest.approx(40 / opened.seconds) and 1.0 <= opened.seconds < 1.5
+    asked.clear()
+    closed = (await asyncio.to_thread(run, Load(requests, Closed(6, 1.0, in_order=True)), 3))["all"]
+    assert len(asked) == 6 and not closed.errors
+    assert 30 <= closed.rate <= 60  # six users, a tenth of a second each
+
+
+@pytest.mark.parametrize("body", [b"{}", b"no JSON", b""])
+async def test_a_lease_that_is_none_is_an_error(serve: Serve, body: bytes) -> None:
+    app = web.Application()
+
+    async def answer(_: web.Request) -> web.Response:
+        return web.Response(body=body)
+
+    app.router.add_post("/leases", answer)
+    async with aiohttp.ClientSession() as session:
+        told = await Http(session)(Request("all", f"{await serve(app)}/leases", "POST", b"{}", then="release"))
+    assert told.error.startswith("malformed")
 
 
 async def test_a_server_that_is_not_there_is_an_error_of_each_request() -> None:

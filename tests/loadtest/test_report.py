@@ -7,8 +7,9 @@ import msgspec
 import pytest
 
 from loadtest import svg
+from loadtest.figures import at_least, at_most
 from loadtest.measures import Answer, Recorder, Track, together
-from loadtest.outcome import Machine, Phase, Report, Result, Table, at_least, at_most
+from loadtest.outcome import Machine, Phase, Report, Result, Table
 from loadtest.report import BEGIN, END, SUMMARY, page, picture, put_into, summary
 
 MACHINE = Machine("A processor <fast>", 2, 8.0, "6.1", "3.11", "ext4", {"nginx": "1.22"}, 0.1)
