@@ -43,15 +43,15 @@ class Scenario(NamedTuple):
 
 
 SCENARIOS: Final = {
-    "compare": Scenario(330, 3600),
-    "behaviour": Scenario(150, 900),
-    "ramp": Scenario(200, 4 * 1200 + 1200),
-    "slow_origin": Scenario(150, 1800),
-    "restart": Scenario(150, 1200),
-    "reading_room": Scenario(150, 1800),
-    "burst": Scenario(120, 1800),
-    "series_sizes": Scenario(120, 3600),
-    "modalities": Scenario(120, 1800),
+    "compare": Scenario(420, 3600),
+    "behaviour": Scenario(240, 900),
+    "ramp": Scenario(300, 4 * 1200 + 1200),
+    "slow_origin": Scenario(240, 1800),
+    "restart": Scenario(240, 1200),
+    "reading_room": Scenario(180, 1800),
+    "burst": Scenario(180, 1800),
+    "series_sizes": Scenario(240, 3600),
+    "modalities": Scenario(240, 1800),
 }
 
 
@@ -116,6 +116,10 @@ def _end(started: subprocess.Popen[bytes], place: Path) -> None:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         started.wait()
+        mounts = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
+        for mount in mounts:
+            if Path(mount).is_relative_to(place):  # its folder could not be removed
+                subprocess.run(["fusermount3", "-uz", mount], check=False, capture_output=True)
 
 
 def _living(place: Path) -> list[int]:

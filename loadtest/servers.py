@@ -165,8 +165,12 @@ def daemon(
 ) -> Iterator[str]:
     """voxcache on such ``settings``. Yields its URL."""
     config = settings(folder, origin, ram=ram, nvme=nvme, extra=extra, triton=triton, grpc_port=grpc_port)
-    with DaemonProcess(config, folder / "voxcache.log") as running:
+    running = DaemonProcess(config, folder / "voxcache.log")
+    try:
+        running.start()  # whoever interrupts this must not leave it behind
         yield running.url
+    finally:
+        running.stop()
 
 
 @contextlib.contextmanager

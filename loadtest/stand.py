@@ -237,8 +237,11 @@ def daemon(
         place, where, ram=ram, nvme=nvme, extra=extra, triton=triton, port=port, namespaces=namespaces
     )
     running = Daemon(place, config, port)
-    with running:
+    try:
+        running.start()  # whoever interrupts this must not leave it behind
         yield running
+    finally:
+        running.stop()
 
 
 def instances(url: str, series: Series, track: str) -> list[Request]:

@@ -47,7 +47,7 @@ class _Sizes:
         self.misses = 2 if short else 5
         self.hits = 3 if short else 15
         self.quick_hits = 30 if short else 300
-        self.seconds = 2.0 if short else 10.0
+        self.seconds = 1.0 if short else 10.0
 
 
 def compare(options: argparse.Namespace) -> Result:
@@ -409,8 +409,7 @@ def _bars(hits: dict[str, list[float]], first_miss: dict[str, float], least: flo
             bars.append(at_least("first miss, times faster than the fastest peer", value, 1.0, best))
     rates = {row[0]: row for row in http.rows}
     if ours in rates:
-        errors = rates[ours][7]
-        bars.append(at_most("errors of objects over HTTP", errors if isinstance(errors, int) else 0, 0))
+        bars.append(at_most("errors of objects over HTTP", float(rates[ours][7] or 0), 0))
     if ours in rates and "nginx, page cache" in rates:
         mine, theirs = rates[ours][5], rates["nginx, page cache"][5]
         if isinstance(mine, float) and isinstance(theirs, float):

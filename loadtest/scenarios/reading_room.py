@@ -42,7 +42,7 @@ quiet_s = 0.2
 
 
 def reading_room(options: argparse.Namespace) -> Result:
-    seconds = options.seconds or (60.0 if options.short else 900.0)
+    seconds = options.seconds or (40.0 if options.short else 900.0)
     most = 40 if options.short else 300
     with folder("reading-room") as place, gateway(place) as bucket:
         say(f"storing {most} series")
@@ -160,7 +160,7 @@ class Memory(threading.Thread):
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seconds", type=float, default=0.0, help="of the run (default: 900, short: 60)")
+    parser.add_argument("--seconds", type=float, default=0.0, help="of the run (default: 900, short: 40)")
 
 
 if __name__ == "__main__":
