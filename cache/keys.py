@@ -92,7 +92,7 @@ class Manifest(msgspec.Struct, frozen=True):
         return cls(ref, ordered, digest(*parts))
 
 
-class Key(msgspec.Struct, frozen=True, gc=False):
+class Key(msgspec.Struct, frozen=True, gc=False, cache_hash=True):
     """What an entry is called in every tier. ``recipe`` is the recipe's digest, not its name."""
 
     namespace: str

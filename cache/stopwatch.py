@@ -56,8 +56,11 @@ class Stopwatch:
     def stages(self) -> Stages:
         """Seconds of each stage; those of one that came again are added up."""
         stages: Stages = {}
-        for name, began, ended in self.laps():
+        times = iter(self.times)
+        began = next(times)
+        for name, ended in zip(self.names, times, strict=True):
             stages[name] = stages.get(name, 0.0) + ended - began
+            began = ended
         return stages
 
     def laps(self) -> Iterator[Lap]:

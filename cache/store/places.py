@@ -226,8 +226,8 @@ class Places:
 
         self._passing[namespace] += nbytes
         self._unfinished[namespace] += 1
-        if self._passing[namespace] * 4 > self._ram.usage(namespace).budget:
-            self._behind.hurry()  # packs that wait to be written are intermediates, too
+        if self._passing[namespace] * 8 > self._ram.usage(namespace).budget * 3:
+            self._behind.hurry()  # packs that wait to be written are intermediates, too, and may take half at most
         try:
             yield over
         except BaseException:

@@ -13,7 +13,7 @@ def server_timing(stages: Stages) -> str:
 async def tell_timing(request: web.Request, response: web.StreamResponse) -> None:
     """The stages so far, on every answer: to be called as its headers are sent."""
     watch = current()
-    if not watch.stages:
+    if not watch.names:
         watch.lap("handle")
-    if watch.stages:
+    if watch.names:
         response.headers["Server-Timing"] = server_timing(watch.stages)

@@ -447,7 +447,7 @@ class GrpcDoor:
 
 
 def _timing(watch: Stopwatch) -> tuple[str, str]:
-    if not watch.stages:
+    if not watch.names:
         watch.lap("handle")
     return "server-timing", server_timing(watch.stages)
 
