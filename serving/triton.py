@@ -515,18 +515,26 @@ class Server:
 
         Raises: what the call raises, without the region's name.
         """
+        asked: Process | None = None
+
+        async def begun() -> Begun[T]:
+            nonlocal asked
+            asked = self._process
+            return await begin()
+
         with _released_on_error(release):
-            call = await begin()
+            call = await begun()
         self._awaited += 1
         try:
             # no task for it: that would take as long as all else that is done here
             result = await call.result()
         except asyncio.CancelledError:
             # the caller has left: the call goes on, and so does Triton, reading
-            self.hold(call.result(), release).add_done_callback(lambda ended: _discarded(ended, discard))
+            held = self.hold(call.result(), release, lambda: asked)
+            held.add_done_callback(lambda ended: _discarded(ended, discard))
             raise
         except VoxcacheError as error:
-            return await self.held(self._repaired(begin, error), release, discard)
+            return await self.held(self._repaired(begun, error, asked), release, discard, lambda: asked)
         except BaseException:
             release()
             raise
@@ -535,24 +543,40 @@ class Server:
         release()
         return result
 
-    async def held(self, call: Coroutine[Any, Any, T], release: Callable[[], None], discard: Callable[[T], None]) -> T:
-        """The result of ``call``, which a cancelled caller does not cancel: then ``discard`` gets the late result."""
-        task = self.hold(call, release)
+    async def held(
+        self,
+        call: Coroutine[Any, Any, T],
+        release: Callable[[], None],
+        discard: Callable[[T], None],
+        asked: Callable[[], Process | None] | None = None,
+    ) -> T:
+        """The result of ``call``, held as by ``hold``. A cancelled caller does not cancel it: ``discard`` gets it then."""
+        task = self.hold(call, release, asked)
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
             task.add_done_callback(lambda ended: _discarded(ended, discard))
             raise
 
-    def hold(self, call: Coroutine[Any, Any, T], release: Callable[[], None]) -> "asyncio.Task[T]":
-        """Run ``call`` whoever waits for it, and ``release`` when Triton is done with what it reads."""
+    def hold(
+        self,
+        call: Coroutine[Any, Any, T],
+        release: Callable[[], None],
+        asked: Callable[[], Process | None] | None = None,
+    ) -> "asyncio.Task[T]":
+        """Run ``call`` whoever waits for it, and ``release`` when Triton is done with what it reads.
+
+        ``asked`` tells which process that was asked of, as far as it is known; by default, that it is asked now.
+        """
         task = asyncio.create_task(call)
         self._calls.add(task)
+        now = self._process
 
         def ended(_: object) -> None:
             self._calls.discard(task)
             if not task.cancelled() and isinstance(task.exception(), TritonLost):
-                self._keep_apart(release)
+                # by now another may run, or be looked for: that one's end says nothing
+                self._keep_apart(release, (now if asked is None else asked()) or self._process)
             else:
                 release()
 
@@ -575,23 +599,28 @@ class Server:
         """The message without the secret name."""
         return self._arena.unnamed(message)
 
-    async def _repaired(self, begin: Callable[[], Awaitable[Begun[T]]], error: VoxcacheError) -> T:
-        """The result of another try, if the first ended with an ``error`` that calls for one. Raises: what is left."""
+    async def _repaired(
+        self, begin: Callable[[], Awaitable[Begun[T]]], error: VoxcacheError, asked: Process | None
+    ) -> T:
+        """The result of another try, if the first, which was ``asked``, ended with an ``error`` that calls for one.
+
+        Raises: what is left.
+        """
         try:
             if isinstance(error, TritonRefused):
                 if self._arena.region not in str(error):
                     raise error
             # a connection that was open from before a restart: nothing reads any more, so it may be asked again
-            elif not isinstance(error, TritonLost) or self._process is None or self._process.lives:
+            elif not isinstance(error, TritonLost) or asked is None or asked.lives:
                 raise error
             await self.register()  # a Triton that has restarted does not know the arena
             return await (await begin()).result()
         except TritonRefused as refusal:
             raise TritonRefused(self._arena.unnamed(str(refusal)), refusal.status) from None
 
-    def _keep_apart(self, release: Callable[[], None]) -> None:
+    def _keep_apart(self, release: Callable[[], None], asked: Process | None) -> None:
         self._observer.count("triton_quarantines")
-        task = asyncio.create_task(self._gone(self._process))
+        task = asyncio.create_task(self._gone(asked))
         self._quarantined.add(task)
         task.add_done_callback(self._quarantined.discard)
         task.add_done_callback(lambda _: release())

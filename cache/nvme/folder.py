@@ -88,14 +88,16 @@ class Folder:
         """Where the entry's file is, or would be."""
         return self.entries / f"{key.digest}{SUFFIXES[key.kind]}"
 
-    async def take(self, apart: Iterable[Path]) -> Found:
-        """Make the folder ours: create it if need be, lock it, wipe its temporaries, and tell what is there.
+    async def take(self) -> None:
+        """Make the folder ours: create it if need be, and lock it. Raises: ConfigError: another has it; OSError."""
+        await self._run(self._take)
 
-        What lies beside the folders is counted, but for the files ``apart``.
+    async def look(self, apart: Iterable[Path]) -> Found:
+        """Wipe the temporaries, and tell what is there.
 
-        Raises: ConfigError if another daemon has it; OSError.
+        What lies beside the folders is counted, but for the files ``apart``. Raises: OSError.
         """
-        return await self._run(self._take, frozenset(apart))
+        return await self._run(self._look, frozenset(apart))
 
     async def create(self, extent: Extent) -> None:
         """Create and allocate, in full, the file of ``extent``, which reaches to its end. Raises: OSError."""
@@ -133,7 +135,7 @@ class Folder:
 
     # -- the hand's works
 
-    def _take(self, apart: frozenset[Path]) -> Found:
+    def _take(self) -> None:
         for folder in (self.root, self.entries, self.tmp, self.quarantine):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
@@ -142,6 +144,8 @@ class Folder:
         except BlockingIOError:
             raise ConfigError(f"{self.root} is in use by another daemon") from None
         self._place = self._where()
+
+    def _look(self, apart: frozenset[Path]) -> Found:
         for path in self.tmp.iterdir():
             path.unlink()
         files: list[File] = []

@@ -555,7 +555,8 @@ class NvmeTier:
     # -- recovery
 
     async def _recover(self) -> None:
-        found = await self._folder.take(self._journal.paths)
+        await self._folder.take()
+        found, notes = await asyncio.gather(self._folder.look(self._journal.paths), self._journal.load())
         if 0 < found.filesystem < self._settings.budget:
             raise ConfigError(
                 f"{self._settings.path} is on a filesystem of {found.filesystem} bytes, smaller than the budget of "
@@ -564,7 +565,6 @@ class NvmeTier:
         self._foreign = set(found.foreign)
         self._others = max(self._reserved, found.beside) + sum(found.foreign.values())
         self._quarantined.update(found.quarantined)
-        notes = await self._journal.load()
         known = [_if_of(notes.get(file.path.name), file) for file in found.files]
         heads = iter(await self._heads([file.path for file, note in zip(found.files, known, strict=True) if not note]))
         read: list[_Resident] = []

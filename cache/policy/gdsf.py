@@ -13,11 +13,11 @@ K = TypeVar("K", bound=Hashable)
 class _Entry:
     __slots__ = ("density", "number", "priority", "uses")
 
-    def __init__(self, density: float) -> None:
+    def __init__(self, density: float, uses: int = 0, priority: float = 0.0, number: int = 0) -> None:
         self.density = density
-        self.uses = 0
-        self.priority = 0.0
-        self.number = 0
+        self.uses = uses
+        self.priority = priority
+        self.number = number
 
 
 def once(uses: int) -> float:
@@ -50,11 +50,10 @@ class Gdsf(Generic[K]):
 
     def restored(self, entries: Sequence[tuple[K, int, float, float]]) -> None:
         first = self._count(1)
-        for key, size, cost, _ in entries:
-            entry = self._entries[key] = _Entry(worth(self._aim, size, cost) / max(size, 1))
-            entry.uses = 1
-            entry.priority = first * entry.density
-            entry.number = next(self._numbers)
+        for number, (key, size, cost, _) in enumerate(entries):
+            density = worth(self._aim, size, cost) / max(size, 1)
+            self._entries[key] = _Entry(density, 1, first * density, number)
+        self._numbers = itertools.count(len(entries))
         self._heap = [(entry.priority, entry.number, key) for key, entry in self._entries.items()]
         heapify(self._heap)
 

@@ -347,6 +347,23 @@ async def test_a_call_whose_connection_broke_keeps_its_tensor_until_that_triton_
     await asyncio.to_thread(front.server.start)
 
 
+async def test_it_is_the_triton_that_was_asked_whose_end_counts(front: Doors, gate: Gate) -> None:
+    """Another call has found it gone, and looks for who comes after it: for a while nobody is known."""
+    front.shelf.put("ct", RIGHT)
+    [server] = front.front.triton.servers
+    await server.register()
+    asking = asyncio.create_task(front.say("POST", "/v2/models/gate.ref/infer", gated(gate.path)))
+    await gate.begun()
+    server._process = None
+    await asyncio.to_thread(front.server.kill)
+    try:
+        status, _ = await asking
+        assert status == 503
+        await asyncio.wait_for(front.shelf.unpinned.wait(), 30)  # triton.quarantine_s is a minute
+    finally:
+        await asyncio.to_thread(front.server.start)
+
+
 async def test_where_the_process_cannot_be_seen_a_time_has_to_do(triton: TritonServer, gate: Gate) -> None:
     """In another PID namespace, say: the quarantine lasts ``triton.quarantine_s``."""
     async with open_doors(triton, quarantine_s=0.1) as front:
