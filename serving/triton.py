@@ -550,7 +550,7 @@ class Server:
         discard: Callable[[T], None],
         asked: Callable[[], Process | None] | None = None,
     ) -> T:
-        """The result of ``call``, held as by ``hold``. A cancelled caller does not cancel it: ``discard`` gets it then."""
+        """The result of ``call``, held as by ``hold``. A cancelled caller leaves it going: ``discard`` gets it then."""
         task = self.hold(call, release, asked)
         try:
             return await asyncio.shield(task)
