@@ -1,8 +1,8 @@
 """From 1 to 100 users, each of whom downloads images one after another as fast as they come.
 
-In turn: straight from the bucket's gateway, from Orthanc, from a daemon that has nothing, and from one that has read
-all of it before. The images are the same: CT slices of 512 KiB of several studies. Users come by Locust, evenly over
-the time that a phase takes: 20 minutes, 20 seconds in the short form.
+In turn: straight from the bucket's gateway, from Orthanc, from a daemon that has nothing, from one that has read all of
+it before, and, as a ceiling, from nginx that has the files. The images are the same: CT slices of 512 KiB of several
+studies. Users come by Locust, evenly over the time that a phase takes: 20 minutes, 20 seconds in the short form.
 
     python -m loadtest.scenarios.ramp [--short] [--seconds S] [--users N] [--studies N] [--out FILE]
 """
@@ -25,8 +25,11 @@ from loadtest.generator import Request
 from loadtest.measures import Snapshot, Track, together
 from loadtest.outcome import ROOT, Phase, Result, Table
 from loadtest.peers.archives import Orthanc
+from loadtest.servers import nginx
 from loadtest.stand import MIB, cpu_s, daemon, folder, gateway, instances, make_series, objects
 
+#: What nobody who serves the same users can do better than.
+CEILING: Final = "nginx, page cache"
 #: Requests of the warm daemon by those of the gateway, and of Orthanc, in the same time.
 BARS: Final = {"gateway": 5.0, "Orthanc": 3.0}
 
@@ -72,6 +75,17 @@ def ramp(options: argparse.Namespace) -> Result:
             requests = [r for s in made for r in instances(ours.url, s, "images")]
             run("voxcache, cold", requests, ours.pid, "nothing in RAM or on NVMe at the start")
             run("voxcache, warm", requests, ours.pid, "everything in RAM at the start")
+        # the images' files lie there already, and in the page cache
+        root = place / "series"
+        server = stack.enter_context(nginx(place, root))
+        files = [path.relative_to(root) for series in made for path in series.files.values()]
+        base = f"http://127.0.0.1:{server.port}"
+        run(
+            CEILING,
+            [Request("images", f"{base}/{path}") for path in files],
+            server.pid,
+            "files, by sendfile: what these users can read at most, on these cores",
+        )
     return Result(
         scenario="ramp",
         says="",
@@ -147,7 +161,12 @@ def _table(phases: list[Phase], spent: dict[str, float]) -> Table:
 def _bars(tracks: dict[str, Track]) -> list[Bar]:
     warm = tracks["voxcache, warm"]
     bars = [
-        at_least(f"ramp: images, by those of {name}", warm.n / tracks[name].n, bar)
+        at_least(
+            f"ramp: images, by those of {name}",
+            warm.n / tracks[name].n,
+            bar,
+            f"{CEILING}: {tracks[CEILING].n / tracks[name].n:.2f}",
+        )
         for name, bar in BARS.items()
         if name in tracks and tracks[name].n
     ]
