@@ -44,7 +44,7 @@ _IN_A_ROW: Final = 3
 class _Sizes:
     def __init__(self, short: bool, mib: int) -> None:
         self.mib = mib
-        self.misses = 2 if short else 5
+        self.misses = 3 if short else 5
         self.hits = 3 if short else 15
         self.quick_hits = 30 if short else 300
         self.seconds = 1.0 if short else 10.0
