@@ -246,7 +246,7 @@ def summary(report: Report, where: str) -> str:
     lines += [
         "",
         f"{report.date}, commit `{report.commit}`, {on}; {verdict}. "
-        f"The whole [report]({where}/report.html); `make bench` makes one on your machine.",
+        f"The whole [report]({where}/report.html); `make bench` makes one on your machine: [load tests](docs/load.md).",
     ]
     return "\n".join(lines) + "\n"
 
