@@ -208,7 +208,7 @@ class Daemon(DaemonProcess):
         while not set(kinds) <= {entry["kind"] for entry in self.held(ref) if entry["tier"] == "nvme"}:
             if time.monotonic() > end:
                 raise RuntimeError(f"study {ref.study} does not get to NVMe")
-            time.sleep(0.02)  # likewise
+            time.sleep(0.02)  # another process, which tells this only when asked
 
     def rss_outside_arena(self) -> int:
         """Bytes of resident memory that are no shared memory: of the daemon itself, its workers left out."""

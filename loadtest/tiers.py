@@ -397,7 +397,7 @@ def sick(folder: Path, count: int) -> dict[str, Any]:
         raw["while_detecting"] = sum(state < 2 for state in states) + 1
         start = time.perf_counter()
         while callers["sick"].state() >= 2:
-            time.sleep(0.1)  # likewise
+            time.sleep(0.1)  # another process, which tells this only when asked
         raw["recovered_after_s"] = time.perf_counter() - start
         lines = (folder / "sick" / "voxcache.log").read_text().splitlines()
         events = [json.loads(line) for line in lines if line.startswith("{")]

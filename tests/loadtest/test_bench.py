@@ -206,7 +206,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, number: int) -> None:
 def test_what_does_not_listen_is_ended_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A scenario that does not end when it is told to, with a child in a session of its own."""
     monkeypatch.setattr(bench, "_END_S", 0.5)
-    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"
+    stubborn = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); signal.pause()"
     parent = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {stubborn!r}], start_new_session=True)"
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     with subprocess.Popen(
