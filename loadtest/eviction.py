@@ -7,8 +7,9 @@ a trace tells no cost, it is what the origin takes: time to the first byte, then
 minimum where sizes are equal, else PFOO-L (Berger et al., SIGMETRICS 2018).
 
 libcachesim's S3-FIFO differs from its paper: until the first eviction it lets what does not fit the small queue into
-the large one, it never holds what is larger than the small queue, and its queues have parts of the capacity, not of
-what is held. So ours is compared with these three added.
+the large one, it never holds what is larger than the small queue, its queues have parts of the capacity, not of what is
+held, and what is asked for leaves the ghost before there is room for it. Its GDSF makes room after it has let something
+in, which then goes at once if it is worth least. So ours are compared with these added.
 
     python -m loadtest.eviction [--quick] [--only PART] [--jobs N]
 
@@ -169,12 +170,20 @@ class LibraryS3Fifo(S3Fifo[int]):
         super().__init__()
         self._capacity = capacity
         self._filling = True
+        self._came_back = False
+
+    def asked(self, key: int) -> None:
+        """Before each request: whom the ghost knows leaves it."""
+        size = self._ghost.pop(key, None)
+        self._came_back = size is not None
+        self._ghost_bytes -= size or 0
 
     def _whole(self) -> float:
         return self._capacity
 
     def admitted(self, key: int, size: int, cost: float, now: float) -> None:
-        if self._filling and self._bytes - self._main_bytes >= int(self._capacity * 0.1):
+        full = self._filling and self._bytes - self._main_bytes >= int(self._capacity * 0.1)
+        if full or self._came_back:
             self._ghost[key] = 0  # whom the ghost knows goes to the large queue
         super().admitted(key, size, cost, now)
 
@@ -186,12 +195,44 @@ class LibraryS3Fifo(S3Fifo[int]):
 Play = Callable[[int, int, float], bool]
 
 
-def simulated(policy: EvictionPolicy[int], capacity: int, most: int | None = None) -> Play:
-    """Play our policy; what is larger than ``most`` is not held."""
+def simulated(policy: EvictionPolicy[int], capacity: int) -> Play:
     request = Simulation(policy, capacity).request
-    if most is None:
-        return lambda key, size, cost: request(key, size, cost, 0.0)
-    return lambda key, size, cost: size < most and request(key, size, cost, 0.0)
+    return lambda key, size, cost: request(key, size, cost, 0.0)
+
+
+def s3_fifo_as_theirs(capacity: int) -> Play:
+    policy = LibraryS3Fifo(capacity)
+    request, small = Simulation(policy, capacity).request, int(capacity * 0.1)
+
+    def play(key: int, size: int, cost: float) -> bool:
+        policy.asked(key)
+        return size < small and request(key, size, cost, 0.0)
+
+    return play
+
+
+def gdsf_as_theirs(capacity: int) -> Play:
+    """Our GDSF, room being made once the new one is in."""
+    policy = Gdsf[int]("requests")
+    sizes: dict[int, int] = {}
+    held = 0
+
+    def play(key: int, size: int, cost: float) -> bool:
+        nonlocal held
+        if key in sizes:
+            policy.used(key, 0.0)
+            return True
+        if size <= capacity:
+            policy.admitted(key, size, cost, 0.0)
+            sizes[key] = size
+            held += size
+        while held > capacity:
+            victim = next(policy.victims())
+            policy.evicted(victim)
+            held -= sizes.pop(victim)
+        return False
+
+    return play
 
 
 def libcachesims(kind: Callable[..., Any], capacity: int) -> Play:
@@ -220,19 +261,25 @@ THEIRS: Final = {
     "libcachesim S3-FIFO": libcachesim.S3FIFO,
     "libcachesim GDSF": libcachesim.GDSF,
 }
+#: Ours with what theirs do otherwise.
+AS_THEIRS: Final = {"s3-fifo as theirs": s3_fifo_as_theirs, "gdsf as theirs": gdsf_as_theirs}
 #: Ours that have to agree with theirs.
-TWINS: Final = {"lru": "libcachesim LRU", "sieve": "libcachesim SIEVE", "s3-fifo as theirs": "libcachesim S3-FIFO"}
-#: They hold nothing that is larger than a tenth of the cache.
-REFUSING: Final = ("s3-fifo as theirs", "libcachesim S3-FIFO")
+TWINS: Final = {
+    "lru": "libcachesim LRU",
+    "sieve": "libcachesim SIEVE",
+    "s3-fifo as theirs": "libcachesim S3-FIFO",
+    "gdsf as theirs": "libcachesim GDSF",
+}
+#: They do not hold all that fits: nothing larger than a tenth of the cache, or nothing that is worth least of all.
+REFUSING: Final = (*AS_THEIRS, "libcachesim S3-FIFO", "libcachesim GDSF")
 BOUND: Final = "bound"
 
 
 def player(name: str, aim: Aim, capacity: int) -> Play:
     if name in THEIRS:
         return libcachesims(THEIRS[name], capacity)
-    if name == "s3-fifo as theirs":
-        small = int(capacity * 0.1)
-        return simulated(LibraryS3Fifo(capacity), capacity, small)
+    if name in AS_THEIRS:
+        return AS_THEIRS[name](capacity)
     return simulated(OURS[name](aim), capacity)
 
 
