@@ -1,7 +1,7 @@
 """The S3 origin: any bucket that speaks the S3 API.
 
-Listing and signing go through aiobotocore; bodies come over aiohttp from presigned URLs straight into the caller's
-memory, because that costs the loop which also serves hits half of what botocore's own streaming does.
+Listing and signing go through aiobotocore; bodies come from presigned URLs straight into the caller's memory, because
+that costs the loop which also serves hits a fraction of what botocore's own streaming does.
 """
 
 import asyncio
@@ -20,7 +20,6 @@ from aiobotocore.config import AioConfig
 from aiobotocore.session import get_session
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
 from botocore.utils import get_environ_proxies
-from yarl import URL
 
 from cache.errors import Archived, ConfigError, OriginChanged, OriginDenied, OriginDown, OriginError
 from cache.interfaces import Availability, NullObserver, Observer
@@ -30,6 +29,7 @@ from cache.urgency import Slots
 from .hedge import Hedge
 from .presign import Presigner
 from .together import each
+from .wire import Answer, Wire
 
 #: Storage classes whose objects have to be restored; of the others that can be archived, HeadObject says so.
 _ARCHIVES: Final = ("GLACIER", "DEEP_ARCHIVE")
@@ -94,7 +94,7 @@ class S3Origin:
         settings: S3Settings,
         client: Any,  # botocore makes its clients' classes while it runs
         presigner: Presigner,
-        bodies: aiohttp.ClientSession,
+        wire: Wire,
         *,
         closing: contextlib.AsyncExitStack,
         observer: Observer,
@@ -102,7 +102,7 @@ class S3Origin:
         self._settings = settings
         self._client = client
         self._presigner = presigner
-        self._bodies = bodies
+        self._wire = wire
         self._closing = closing
         self._observer = observer
         self._slots = Slots(settings.concurrency)
@@ -138,24 +138,17 @@ class S3Origin:
                     )
                 )
                 presigner = Presigner(client, await session.get_credentials(), settings.bucket)
+                place = client.meta.endpoint_url
+                wire = Wire(
+                    tls=tls,
+                    connect_timeout_s=settings.connect_timeout_s,
+                    read_timeout_s=settings.read_timeout_s,
+                    proxy=get_environ_proxies(place).get(urlsplit(place).scheme),  # as botocore does
+                )
+                stack.push_async_callback(wire.close)
             except (BotoCoreError, ValueError, OSError) as error:
                 raise ConfigError(f"origin.s3: {error}") from None
-            bodies = await stack.enter_async_context(
-                aiohttp.ClientSession(
-                    connector=aiohttp.TCPConnector(limit=0, ssl=tls),  # the slots are the limit
-                    timeout=aiohttp.ClientTimeout(
-                        total=None, sock_connect=settings.connect_timeout_s, sock_read=settings.read_timeout_s
-                    ),
-                    auto_decompress=False,
-                    headers={"Accept-Encoding": "identity"},
-                    # as botocore does; to trust the environment would be to look for it, and for ~/.netrc, at each GET
-                    proxy=get_environ_proxies(url := client.meta.endpoint_url).get(urlsplit(url).scheme),
-                    read_bufsize=1 << 20,
-                )
-            )
-            return cls(
-                settings, client, presigner, bodies, closing=stack.pop_all(), observer=observer or NullObserver()
-            )
+            return cls(settings, client, presigner, wire, closing=stack.pop_all(), observer=observer or NullObserver())
 
     async def list(self, prefix: str) -> Sequence[SourceObject]:
         """All objects whose key starts with ``prefix``, sorted by key (ListObjectsV2).
@@ -197,13 +190,9 @@ class S3Origin:
                     if answer.status == 404 and code != "NoSuchBucket":
                         return None
                     raise self._refusal(doing, answer.status, code)
-                data = bytearray()
-                async for chunk, _ in answer.content.iter_chunks():
-                    data += chunk
-                    if limit is not None and len(data) >= limit:
-                        break
+                data = await answer.read(limit)
                 self._observer.count("origin_bytes", (), len(data))
-                return bytes(data[:limit])
+                return data
 
         return await self._attempts("read", doing, attempt)
 
@@ -266,20 +255,16 @@ class S3Origin:
                 if answer.status != (200 if whole else 206):
                     raise self._refusal(doing, answer.status, await _code(answer))
                 self._observer.stage("origin_first_byte", answered - asked)
-                size = answer.content_length if whole else _total(answer.headers.get("Content-Range", ""))
+                size = answer.length if whole else _total(answer.headers.get("content-range", ""))
                 if size not in (None, source.size):
                     raise OriginChanged(f"{doing}: {size} bytes where its manifest says {source.size}")
-                at = 0
                 try:
-                    async for chunk, _ in answer.content.iter_chunks():
-                        end = at + len(chunk)
-                        if end > len(into):
-                            raise OriginChanged(f"{doing}: more bytes than the {source.size} its manifest says")
-                        into[at:end] = chunk
-                        at = end
+                    await answer.into(into)
                 finally:
-                    self._observer.count("origin_bytes", (), at)
-                if at < len(into):
+                    self._observer.count("origin_bytes", (), answer.received)
+                if not answer.ended:
+                    raise OriginChanged(f"{doing}: more bytes than the {source.size} its manifest says")
+                if answer.received < len(into):
                     raise _MayPass("the body ended early")
                 self._observer.stage("origin_body", time.perf_counter() - answered)
 
@@ -298,22 +283,21 @@ class S3Origin:
     @contextlib.asynccontextmanager
     async def _answer(
         self, kind: str, doing: str, key: str, version: str, headers: dict[str, str]
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
+    ) -> AsyncIterator[Answer]:
         """What the bucket says, its body yet to be read; of a request and its hedge, whichever is answered first.
 
         So a hedge ends before anything is written anywhere. Raises: _MayPass, for a status that may pass.
         """
         url = await self._presigner.url(key, version)
 
-        async def ask() -> aiohttp.ClientResponse:
-            # a redirect would carry the signature elsewhere
-            answer = await self._bodies.get(URL(url, encoded=True), headers=headers, allow_redirects=False)
+        async def ask() -> Answer:
+            answer = await self._wire.get(url, headers)
             if answer.status >= 500:  # a failure: the other request may still bring the object
-                async with answer:
+                with answer:
                     raise self._refusal(doing, answer.status, await _code(answer))
             return answer
 
-        async with await self._hedge.first(kind, ask, aiohttp.ClientResponse.close) as answer:
+        with await self._hedge.first(kind, ask, Answer.close) as answer:
             yield answer
 
     async def _attempts(self, kind: str, doing: str, attempt: Callable[[], Awaitable[_Result]]) -> _Result:
@@ -332,7 +316,8 @@ class S3Origin:
                 failure = self._refusal(doing, status, failed.response.get("Error", {}).get("Code", ""))
             except (NoCredentialsError, PartialCredentialsError):
                 failure = OriginDenied(f"{doing}: no credentials for {self._where}")
-            except (BotoCoreError, aiohttp.ClientError, OSError) as failed:  # a TimeoutError is an OSError
+            # aiobotocore lets aiohttp's errors through while it reads; a TimeoutError is an OSError
+            except (BotoCoreError, aiohttp.ClientError, OSError) as failed:
                 # its text may hold the presigned URL
                 failure = _MayPass(type(failed).__name__)
             else:
@@ -385,7 +370,7 @@ def _total(content_range: str) -> int | None:
     return int(size) if size.isdecimal() else None
 
 
-async def _code(answer: aiohttp.ClientResponse) -> str:
+async def _code(answer: Answer) -> str:
     """The error code of an S3 answer, or "" where it has none."""
-    found = _CODE.search(await answer.content.read(4096))
+    found = _CODE.search(await answer.read(4096))
     return found[1].decode() if found else ""
