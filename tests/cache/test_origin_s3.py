@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
@@ -257,6 +257,40 @@ class TestFailures:
             assert await _fetched(origin, source) == self.DATA
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "<html>",
+        "<html></html>",
+        "<ListBucketResult><IsTruncated>true</IsTruncated></ListBucketResult>",
+        "<ListBucketResult><Contents><Key>s/a</Key></Contents></ListBucketResult>",
+    ],
+)
+async def test_what_is_no_listing(said: str) -> None:
+    """Whatever answers instead of a bucket: that is no bucket without objects."""
+
+    async def answer(_: web.BaseRequest) -> web.Response:
+        return web.Response(text=said)
+
+    async with serving(answer) as url:
+        settings = S3Settings("b", endpoint_url=url, access_key="a", secret_key="s", retries=0)
+        async with opened(settings) as origin:
+            with pytest.raises(OriginDown, match="listing"):
+                await origin.list("s/")
+
+
+@asynccontextmanager
+async def serving(answer: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]) -> AsyncIterator[str]:
+    runner = web.ServerRunner(web.Server(answer))
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        host, port = runner.addresses[0][:2]
+        yield f"http://{host}:{port}"
+    finally:
+        await runner.cleanup()
+
+
 class Proxy:
     """An HTTP proxy that answers itself. ``asked``: what for, as a proxy is told; ``headers``: with what."""
 
@@ -271,15 +305,8 @@ class Proxy:
             self.headers.append(request.headers)
             return web.Response(body=b"from the proxy")
 
-        runner = web.ServerRunner(web.Server(answer))
-        await runner.setup()
-        try:
-            site = web.TCPSite(runner, "127.0.0.1", 0)
-            await site.start()
-            host, port = runner.addresses[0][:2]
-            yield f"http://{host}:{port}"
-        finally:
-            await runner.cleanup()
+        async with serving(answer) as url:
+            yield url
 
 
 async def test_the_environment_names_a_proxy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
