@@ -3,8 +3,9 @@
     python -m loadtest.bench [--full] [--only NAME,NAME] [--out DIR] [--no-readme]
 
 Each runs as a process of its own, with an end: what does not end in time is killed with all that it started, and the
-report says so; the others go on. The short forms end within a quarter of an hour, whatever becomes of them. ``DIR``
-(loadtest/results/DATE) gets each result, report.json, report.html and summary.svg; the README's summary is made anew.
+report says so; the others go on. What misses a bar is profiled. The short forms end within a quarter of an hour,
+whatever becomes of them. ``DIR`` (loadtest/results/DATE) gets each result, the profiles, report.json, report.html and
+summary.svg; the README's summary is made anew.
 Progress goes to stderr; the last line on stdout is JSON.
 """
 
@@ -24,7 +25,7 @@ from typing import Final, NamedTuple
 import msgspec
 
 from .figures import plain, say
-from .outcome import ROOT, Report, Result, commit, machine
+from .outcome import ROOT, Profile, Report, Result, commit, machine
 from .report import END, put_into, summary, write
 from .scenario import on_signal
 from .stand import folder
@@ -45,7 +46,7 @@ class Scenario(NamedTuple):
 SCENARIOS: Final = {
     "compare": Scenario(420, 3600),
     "behaviour": Scenario(240, 900),
-    "ramp": Scenario(300, 4 * 1200 + 1200),
+    "ramp": Scenario(300, 5 * 240 + 900),
     "slow_origin": Scenario(240, 1800),
     "restart": Scenario(240, 1200),
     "reading_room": Scenario(180, 1800),
@@ -53,6 +54,17 @@ SCENARIOS: Final = {
     "series_sizes": Scenario(240, 3600),
     "modalities": Scenario(240, 1800),
 }
+
+
+#: By how its name begins: the profile that tells what a bar was missed by, and the seconds that it may take.
+PROFILES: Final = {
+    "first miss": "miss",
+    "burst": "miss",
+    "hit": "hit",
+    "objects over HTTP": "hit",
+    "ramp: images": "hit",
+}
+_PROFILE_S: Final = 120.0
 
 
 def bench(options: argparse.Namespace) -> Report:
@@ -70,22 +82,35 @@ def bench(options: argparse.Namespace) -> Report:
         shown = name.replace("_", "-")
         say(f"—— {shown}")
         start = time.monotonic()
-        why = one(name, file, end - start, full=options.full)
+        scenario = SCENARIOS[name]
+        limit = min(scenario.full_s if options.full else scenario.short_s, end - start)
+        why = one(f"scenarios.{name}", [*([] if options.full else ["--short"]), "--out", str(file)], limit)
         if file.exists():
             results.append(msgspec.json.decode(file.read_bytes(), type=Result))
             why = "done"
         else:
             failures[shown] = why
         say(f"—— {shown}: {why}, {time.monotonic() - start:.0f} s")
+    profiles: list[Profile] = []
+    missed = [bar.name for result in results for bar in result.bars if not bar.ok]
+    for what in sorted({PROFILES[begin] for begin in PROFILES if any(name.startswith(begin) for name in missed)}):
+        file = options.out / f"profile-{what}.json"
+        file.unlink(missing_ok=True)
+        say(f"—— profile-{what}, for what was missed")
+        why = one(
+            "profile", [what, "--seconds", "8", "--out", str(options.out)], min(_PROFILE_S, end - time.monotonic())
+        )
+        if file.exists():
+            profiles += msgspec.json.decode(file.read_bytes(), type=list[Profile])
+        else:
+            failures[f"profile-{what}"] = why
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    return Report(today, commit(), began_on, results, failures)
+    return Report(today, commit(), began_on, results, failures, profiles)
 
 
-def one(name: str, out: Path, left_s: float, *, full: bool) -> str:
-    """Run a scenario, for which there are ``left_s``; why it left no result, if it left none."""
-    scenario = SCENARIOS[name]
-    command = [sys.executable, "-m", f"loadtest.scenarios.{name}", *([] if full else ["--short"]), "--out", str(out)]
-    limit = min(scenario.full_s if full else scenario.short_s, left_s)
+def one(module: str, arguments: list[str], limit: float) -> str:
+    """Run a module of this package for ``limit`` seconds at most; why it left no result, if it left none."""
+    command = [sys.executable, "-m", f"loadtest.{module}", *arguments]
     if limit <= 0:
         return f"it was not begun: the short forms together may take {SHORT_S / 60:.0f} minutes"
     with folder("bench") as place:
@@ -135,7 +160,7 @@ def _living(place: Path) -> list[int]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="bench", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--full", action="store_true", help="long forms: some three hours")
+    parser.add_argument("--full", action="store_true", help="long forms: an hour and a half")
     parser.add_argument("--only", default="", help="scenarios, separated by commas")
     parser.add_argument("--out", type=Path, help="where results go (default: loadtest/results/DATE)")
     parser.add_argument("--no-readme", action="store_true", help="leave README.md as it is")
@@ -149,7 +174,7 @@ def main() -> int:
     if not options.no_readme and END in readme.read_text() and options.out.is_relative_to(ROOT):
         readme.write_text(put_into(readme.read_text(), summary(report, str(options.out.relative_to(ROOT)))))
     say(f"the report: {options.out / 'report.html'}")
-    bars = plain(bar for result in report.results for bar in result.bars)
+    bars = plain(report.bars)
     missing = {f"{r.scenario}: {name}": why for r in report.results for name, why in r.missing.items()}
     told = {"benchmark": "bench", "report": str(options.out / "report.html"), "failures": report.failures}
     print(json.dumps({**told, "missing": missing, "bars": bars}), flush=True)

@@ -81,14 +81,28 @@ class Machine(msgspec.Struct, frozen=True):
     load_before: float
 
 
+class Profile(msgspec.Struct, frozen=True):
+    """What the daemon did while it served one kind of load: the flame graph's file, beside the report, and the
+    functions themselves with their part of all samples."""
+
+    name: str
+    graph: str
+    functions: dict[str, float]
+
+
 class Report(msgspec.Struct, frozen=True):
-    """A whole run of benchmarks."""
+    """A whole run of benchmarks. ``profiles``: of what missed a bar."""
 
     date: str
     commit: str
     machine: Machine
     results: list[Result]
     failures: dict[str, str] = {}  # scenarios that ended in an error
+    profiles: list[Profile] = []
+
+    @property
+    def bars(self) -> list[Bar]:
+        return [bar for result in self.results for bar in result.bars]
 
 
 def machine() -> Machine:

@@ -1,10 +1,10 @@
 """Where the daemon's time goes: flame graphs by py-spy while it serves hits, or makes tensors of what the bucket has.
 
-    python -m loadtest.profile hit|miss [--seconds S]
+    python -m loadtest.profile hit|miss [--seconds S] [--out FOLDER]
 
 ``hit``: leases and instances as fast as eight users ask, a graph for each. ``miss``: series of 100 slices that nobody
-has, one a second, with the workers. The graphs go to loadtest/results/profile-*.svg; the last line on stdout is JSON:
-the functions in which most time was spent themselves.
+has, one a second, with the workers. The folder (loadtest/results) gets profile-*.svg, the graphs, and profile-*.json,
+the functions in which most time was spent themselves; the last line on stdout is JSON with the same.
 """
 
 import argparse
@@ -17,21 +17,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
+
 from .figures import say
 from .generator import Closed, Load, Open, Request, run
+from .outcome import Profile
 from .stand import MIB, Daemon, daemon, folder, gateway, instances, lease, make_series
 
 RESULTS: Final = Path(__file__).resolve().parent / "results"
 
 
-def recorded(ours: Daemon, name: str, seconds: float, load: Callable[[], Any]) -> dict[str, Any]:
-    """py-spy on the daemon while ``load`` goes on: a flame graph, and the functions that took most.
+def recorded(ours: Daemon, name: str, seconds: float, load: Callable[[], Any], out: Path) -> Profile:
+    """py-spy on the daemon while ``load`` goes on: a flame graph in ``out``, and the functions that took most.
 
     Raises: RuntimeError: py-spy may not look at processes here.
     """
-    raw, graph = ours.place / f"{name}.raw", RESULTS / f"profile-{name}.svg"
+    raw, graph = ours.place / f"{name}.raw", out / f"profile-{name}.svg"
     told = {}
-    for form, out in (("raw", raw), ("flamegraph", graph)):
+    for form, file in (("raw", raw), ("flamegraph", graph)):
         command = [str(Path(sys.executable).parent / "py-spy"), "record", "--pid", str(ours.pid), "--subprocesses"]
         command += [
             "--duration",
@@ -41,7 +44,7 @@ def recorded(ours: Daemon, name: str, seconds: float, load: Callable[[], Any]) -
             "--format",
             form,
             "--output",
-            str(out),
+            str(file),
             "--nonblocking",
         ]
         spy = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -51,7 +54,7 @@ def recorded(ours: Daemon, name: str, seconds: float, load: Callable[[], Any]) -
         finally:
             spy.kill()
             spy.wait()
-        if spy.returncode or not out.exists():
+        if spy.returncode or not file.exists():
             raise RuntimeError(f"py-spy: {said.decode(errors='replace')[-400:]}")
     own: Counter[str] = Counter()
     for line in raw.read_text().splitlines():
@@ -60,22 +63,18 @@ def recorded(ours: Daemon, name: str, seconds: float, load: Callable[[], Any]) -
     total = own.total() or 1
     track = next(iter(told.values()))
     say(f"  {name}: {track.rate:.0f} a second; {graph}")
-    return {
-        "graph": str(graph),
-        "a_second": track.rate,
-        "latency_ms": track.latency_ms,
-        "self": {function: round(count / total, 3) for function, count in own.most_common(12)},
-    }
+    return Profile(name, graph.name, {function: round(count / total, 3) for function, count in own.most_common(12)})
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="profile", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=("hit", "miss"))
     parser.add_argument("--seconds", type=float, default=15.0, help="of each graph (default: 15)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where graphs go (default: loadtest/results)")
     options = parser.parse_args()
-    seconds = options.seconds
-    RESULTS.mkdir(exist_ok=True)
-    told: dict[str, Any] = {}
+    seconds, out = options.seconds, options.out
+    out.mkdir(parents=True, exist_ok=True)
+    profiles: list[Profile] = []
     with folder("profile") as place, gateway(place) as bucket:
         count = 1 if options.what == "hit" else max(4, int(seconds))
         say(f"storing {count} series of 100 slices")
@@ -93,7 +92,7 @@ def main() -> int:
                 for name, requests in ways.items():
                     run(Load(requests, Closed(1, 1.0)), 1)
                     load = Load(requests, Closed(8, seconds))
-                    told[name] = recorded(ours, name, seconds, functools.partial(run, load, 1))
+                    profiles.append(recorded(ours, name, seconds, functools.partial(run, load, 1), out))
             else:
                 requests = [lease(ours.url, series.ref, "misses") for series in made]
 
@@ -101,8 +100,10 @@ def main() -> int:
                     ours.forget([series.ref for series in made])
                     return run(Load(requests, Open([(float(number), number) for number in range(len(requests))])), 1)
 
-                told["miss"] = recorded(ours, "miss", seconds, missing)
-    print(json.dumps({"benchmark": f"profile-{options.what}", **told, "bars": []}), flush=True)
+                profiles.append(recorded(ours, "miss", seconds, missing, out))
+    told = msgspec.json.encode(profiles)
+    (out / f"profile-{options.what}.json").write_bytes(told + b"\n")
+    print(json.dumps({"benchmark": f"profile-{options.what}", "profiles": json.loads(told), "bars": []}), flush=True)
     return 0
 
 

@@ -19,7 +19,7 @@ import msgspec
 from . import svg
 from .figures import Bar
 from .measures import Track
-from .outcome import ROOT, Machine, Phase, Report, Result, Table
+from .outcome import ROOT, Machine, Phase, Profile, Report, Result, Table
 
 BEGIN: Final = "<!-- bench -->"
 END: Final = "<!-- end bench -->"
@@ -51,7 +51,6 @@ svg { max-width: 100%; height: auto; }
 
 def page(report: Report) -> str:
     """The report as one HTML document."""
-    bars = [bar for result in report.results for bar in result.bars]
     parts = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">',
@@ -60,12 +59,13 @@ def page(report: Report) -> str:
         f"<p>{escape(report.date)}, commit <code>{escape(report.commit) or 'none'}</code></p>",
         _machine(report.machine),
         "<h2>Bars</h2>",
-        _bars(bars),
+        _bars(report.bars),
         *(
             f'<p class="bad">{escape(name)} ended in an error: {escape(why)}</p>'
             for name, why in report.failures.items()
         ),
     ]
+    parts += _profiles(report.profiles)
     for result in report.results:
         parts += _result(result)
     return "\n".join([*parts, "</body></html>", ""])
@@ -96,6 +96,16 @@ def _bars(bars: Sequence[Bar]) -> str:
             f'<td class="{look}">{word}</td><td class="text">{escape(bar.says)}</td></tr>'
         )
     return f"<table><tr><th>bar</th><th>value</th><th>wanted</th><th></th><th></th></tr>{''.join(rows)}</table>"
+
+
+def _profiles(profiles: Sequence[Profile]) -> Iterator[str]:
+    if profiles:
+        yield "<h2>Where the daemon's time goes</h2>"
+        yield '<p class="says">Profiles of what missed a bar: the functions that most samples were in themselves.</p>'
+    for profile in profiles:
+        rows = [[function, f"{part:.1%}"] for function, part in profile.functions.items()]
+        yield _table(Table(profile.name, ["function", "of all samples"], [list(row) for row in rows]))
+        yield f'<p><a href="{escape(profile.graph)}">Its flame graph</a></p>'
 
 
 def _result(result: Result) -> Iterator[str]:
@@ -237,9 +247,8 @@ def summary(report: Report, where: str) -> str:
             for row in table.rows
         ]
         lines += ["", f"![{SUMMARY}]({where}/summary.svg)"]
-    bars = [bar for result in report.results for bar in result.bars]
-    missed = [bar.name for bar in bars if not bar.ok]
-    verdict = f"{len(bars) - len(missed)} of {len(bars)} bars met" + (
+    missed = [bar.name for bar in report.bars if not bar.ok]
+    verdict = f"{len(report.bars) - len(missed)} of {len(report.bars)} bars met" + (
         f"; missed: {', '.join(missed)}" if missed else ""
     )
     on = f"{report.machine.cores} cores ({report.machine.cpu}), {report.machine.memory_gib:g} GiB"

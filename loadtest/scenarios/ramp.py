@@ -2,7 +2,8 @@
 
 In turn: straight from the bucket's gateway, from Orthanc, from a daemon that has nothing, from one that has read all of
 it before, and, as a ceiling, from nginx that has the files. The images are the same: CT slices of 512 KiB of several
-studies. Users come by Locust, evenly over the time that a phase takes: 20 minutes, 20 seconds in the short form.
+studies. Users come by Locust, evenly over the time that a phase takes: four minutes, which makes twenty in all, or 20
+seconds in the short form.
 
     python -m loadtest.scenarios.ramp [--short] [--seconds S] [--users N] [--studies N] [--out FILE]
 """
@@ -35,7 +36,7 @@ BARS: Final = {"gateway": 5.0, "Orthanc": 3.0}
 
 
 def ramp(options: argparse.Namespace) -> Result:
-    seconds = options.seconds or (20.0 if options.short else 1200.0)
+    seconds = options.seconds or (20.0 if options.short else 240.0)
     missing: dict[str, str] = {}
     phases: list[Phase] = []
     spent: dict[str, float] = {}
@@ -175,7 +176,7 @@ def _bars(tracks: dict[str, Track]) -> list[Bar]:
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seconds", type=float, default=0.0, help="of each phase (default: 1200, short: 20)")
+    parser.add_argument("--seconds", type=float, default=0.0, help="of each phase (default: 240, short: 20)")
     parser.add_argument("--users", type=int, default=100, help="in the end (default: 100)")
     parser.add_argument("--studies", type=int, default=8, help="of 100 images each (default: 8)")
 

@@ -13,14 +13,16 @@ from collections import Counter
 from pathlib import Path
 from typing import cast
 
+import msgspec
 import numpy as np
 import pytest
 from aiohttp import web
 
 from loadtest import bench, floors
+from loadtest.figures import at_least, at_most
 from loadtest.generator import Request
 from loadtest.measures import Answer, Recorder, Track, together, window_width
-from loadtest.outcome import Phase
+from loadtest.outcome import Phase, Profile, Result
 from loadtest.peers import PEERS
 from loadtest.peers.archives import parts
 from loadtest.peers.base import Tensor, check, expected
@@ -75,6 +77,28 @@ def test_a_scenario_that_breaks_is_a_line_of_the_report(tmp_path: Path, monkeypa
     report = bench.bench(options(tmp_path, "broken"))
     assert report.results == []
     assert report.failures["broken"].startswith("exit status 1")
+
+
+def test_what_misses_a_bar_is_profiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One profile for all bars that it explains; what met its bar needs none."""
+    begun: list[str] = []
+
+    def one(module: str, arguments: list[str], _: float) -> str:
+        begun.append(" ".join([module, *arguments[:1]]))
+        out = Path(arguments[-1])
+        if module == "profile":
+            (out / "profile-miss.json").write_bytes(msgspec.json.encode([Profile("miss", "profile-miss.svg", {})]))
+        else:
+            missed = [at_most("burst: p99 of leases", 3, 2), at_most("burst: p99 of instances", 3, 2)]
+            bars = [*missed, at_least("hit, times faster", 200, 100), at_most("errors", 1, 0)]
+            out.write_bytes(msgspec.json.encode(Result("burst", "", True, {}, bars=bars)))
+        return "done"
+
+    monkeypatch.setattr(bench, "one", one)
+    report = bench.bench(options(tmp_path, "burst"))
+    assert begun == ["scenarios.burst --short", "profile miss"]
+    assert [profile.name for profile in report.profiles] == ["miss"]
+    assert report.failures == {}
 
 
 def test_a_scenario_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 from loadtest import svg
 from loadtest.figures import at_least, at_most
 from loadtest.measures import Answer, Recorder, Track, together
-from loadtest.outcome import Machine, Phase, Report, Result, Table
+from loadtest.outcome import Machine, Phase, Profile, Report, Result, Table
 from loadtest.report import BEGIN, END, SUMMARY, page, picture, put_into, summary
 
 MACHINE = Machine("A processor <fast>", 2, 8.0, "6.1", "3.11", "ext4", {"nginx": "1.22"}, 0.1)
@@ -38,7 +38,8 @@ def report() -> Report:
         bars=[at_least("faster", 120.04, 100), at_most("misses", 1.5, 1.3, "the gateway takes the cores")],
         missing={"Orthanc": "no such program"},
     )
-    return Report("2026-11-27", "abc123", MACHINE, [result], {"restart": "RuntimeError: no answer"})
+    profile = Profile("miss", "profile-miss.svg", {"<module> (cache/a.py:1)": 0.25})
+    return Report("2026-11-27", "abc123", MACHINE, [result], {"restart": "RuntimeError: no answer"}, [profile])
 
 
 def test_the_page_needs_nothing_but_itself(report: Report) -> None:
@@ -65,6 +66,7 @@ def test_what_went_wrong_is_told_by_name(report: Report) -> None:
     made = page(report)
     for text in ("missed", "the gateway takes the cores", "Orthanc", "no such program", "RuntimeError", "2 × 503"):
         assert text in made
+    assert "&lt;module&gt; (cache/a.py:1)" in made and "25.0%" in made and 'href="profile-miss.svg"' in made
     assert "A processor &lt;fast&gt;" in made and "Redis &amp; client" in made
 
 
