@@ -6,6 +6,7 @@ room for an index of the objects' headers, which `cache.dicom.index` reads and w
 """
 
 import tarfile
+from functools import lru_cache
 from typing import Final
 
 import msgspec
@@ -60,12 +61,18 @@ class Layout(msgspec.Struct, frozen=True):
 
 
 def _frame(payload: memoryview, name: str, member: Member) -> None:
-    info = tarfile.TarInfo(name)
-    info.size = member.nbytes
-    payload[member.offset - _BLOCK : member.offset] = info.tobuf(tarfile.USTAR_FORMAT)
+    payload[member.offset - _BLOCK : member.offset] = _header(name, member.nbytes)
     end = member.offset + member.nbytes
     pad = _padded(member.nbytes) - member.nbytes
     payload[end : end + pad] = bytes(pad)
+
+
+@lru_cache(maxsize=2048)
+def _header(name: str, nbytes: int) -> bytes:
+    # the same for each series of equal slices, and made during its fetch
+    info = tarfile.TarInfo(name)
+    info.size = nbytes
+    return info.tobuf(tarfile.USTAR_FORMAT)
 
 
 def member_name(number: int) -> str:
