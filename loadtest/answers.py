@@ -16,6 +16,7 @@ import json
 import platform
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -34,6 +35,7 @@ from serving.demo.daemon import DaemonProcess
 from serving.demo.tritonserver import MODELS, TritonServer, free_ports
 
 from .figures import at_least, plain, say, summary
+from .scenario import on_signal
 
 RESULTS: Final = Path(__file__).resolve().parent / "results" / "answers.json"
 MIB: Final = 1 << 20
@@ -173,6 +175,7 @@ def _runs(client: Any) -> int:
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, on_signal)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="1,32,128", help="MiB of volume")
     parser.add_argument("--rounds", type=int, default=0, help="0: fewer for larger sizes")

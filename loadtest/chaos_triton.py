@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import json
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -35,6 +36,7 @@ from voxcache_client import Client
 
 from . import servers
 from .figures import at_least, at_most, metric, plain, say
+from .scenario import on_signal
 
 RESULTS: Final = Path(__file__).resolve().parent / "results" / "chaos_triton.json"
 STUDIES: Final = 6
@@ -157,6 +159,7 @@ async def settled(url: str) -> dict[str, float]:
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, on_signal)
     parser = argparse.ArgumentParser(prog="chaos_triton", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--infers", type=int, default=10_000)
     parser.add_argument("--kills", type=int, default=3, help="go on until Triton was killed so often")

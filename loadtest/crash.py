@@ -18,6 +18,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -36,6 +37,7 @@ from serving.demo.daemon import DaemonError, DaemonProcess
 
 from . import servers
 from .figures import at_most, plain, say
+from .scenario import on_signal
 
 RESULTS: Final = Path(__file__).resolve().parent / "results" / "crash.json"
 MIB: Final = 1 << 20
@@ -282,6 +284,7 @@ def run(rounds: int, seed: int, folder: Path, tell: Callable[[str], None] = say)
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, on_signal)
     parser = argparse.ArgumentParser(prog="crash", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=500)
     parser.add_argument("--seed", type=int, default=1)

@@ -23,6 +23,7 @@ import json
 import mmap
 import os
 import platform
+import signal
 import socket
 import sys
 import tempfile
@@ -44,6 +45,7 @@ from voxcache_client import Client
 
 from . import servers
 from .figures import at_least, plain, quantile, say, summary
+from .scenario import on_signal
 
 RESULTS: Final = Path(__file__).resolve().parent / "results" / "handoff.json"
 MIB: Final = 1 << 20
@@ -402,6 +404,7 @@ def verdict(raw: dict[str, Any], rate: dict[str, list[float]]) -> dict[str, Any]
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, on_signal)
     parser = argparse.ArgumentParser(prog="handoff", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--sizes", default="1,32,128,512", help="MiB, separated by commas")
     parser.add_argument("--rounds", type=int, help="reads of each size (default: fewer for larger ones)")

@@ -18,6 +18,7 @@ import json
 import os
 import re
 import secrets
+import signal
 import statistics
 import subprocess
 import sys
@@ -38,6 +39,7 @@ from voxcache_client import Client
 
 from . import ends, servers
 from .figures import Bar, at_least, at_most, plain, say, summary
+from .scenario import on_signal
 
 RESULTS: Final = Path(__file__).resolve().parent / "results" / "infer.json"
 PERF: Final = Path(__file__).resolve().parents[1] / ".services" / "perf" / "perf_analyzer"
@@ -264,6 +266,7 @@ def write_studies(sizes: list[int], count: int, origin: Path) -> tuple[list[Stud
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, on_signal)
     parser = argparse.ArgumentParser(prog="infer", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--sizes", default="1,32,128,512", help="MiB, separated by commas")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="calls of each kind that moves no bytes, by size")

@@ -22,6 +22,7 @@ import json
 import math
 import os
 import platform
+import signal
 import socket
 import statistics
 import sys
@@ -41,6 +42,7 @@ from serving.demo.daemon import DaemonProcess
 
 from . import servers
 from .figures import Bar, at_least, at_most, plain, quantile, say, summary
+from .scenario import on_signal
 
 RESULTS: Final = Path(__file__).resolve().parent / "results" / "observe.json"
 MIB: Final = 1 << 20
@@ -361,6 +363,7 @@ def verdict(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, on_signal)
     parser = argparse.ArgumentParser(prog="observe", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--parts", default=",".join(PARTS), help="which, separated by commas")
     parser.add_argument("--rounds", type=int, default=40, help="turns of each side in the second part")

@@ -10,6 +10,7 @@ the functions in which most time was spent themselves; the last line on stdout i
 import argparse
 import functools
 import json
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -22,6 +23,7 @@ import msgspec
 from .figures import say
 from .generator import Closed, Load, Open, Request, run
 from .outcome import Profile
+from .scenario import on_signal
 from .stand import MIB, Daemon, daemon, folder, gateway, instances, lease, make_series
 
 RESULTS: Final = Path(__file__).resolve().parent / "results"
@@ -67,6 +69,7 @@ def recorded(ours: Daemon, name: str, seconds: float, load: Callable[[], Any], o
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, on_signal)
     parser = argparse.ArgumentParser(prog="profile", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=("hit", "miss"))
     parser.add_argument("--seconds", type=float, default=15.0, help="of each graph (default: 15)")

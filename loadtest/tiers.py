@@ -23,6 +23,7 @@ import multiprocessing
 import os
 import platform
 import random
+import signal
 import sys
 import tempfile
 import threading
@@ -54,6 +55,7 @@ from cache.workers.pool import Workers, WorkerSettings
 
 from . import servers
 from .figures import at_least, at_most, metric, plain, quantile, say
+from .scenario import on_signal
 
 RESULTS: Final = Path(__file__).resolve().parent / "results" / "tiers.json"
 MIB: Final = 1 << 20
@@ -458,6 +460,7 @@ def verdict(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, on_signal)
     parser = argparse.ArgumentParser(prog="tiers", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--parts", default="read,write,look-up,start,sick")
     parser.add_argument("--sizes", default="64,256,512", help="MiB, of what is read")

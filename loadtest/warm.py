@@ -17,6 +17,7 @@ import contextlib
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -35,6 +36,7 @@ from cache.workers.pool import WorkerSettings
 
 from . import servers
 from .figures import at_most, metric, plain, say, summary
+from .scenario import on_signal
 
 RESULTS: Final = Path(__file__).resolve().parent / "results" / "warm.json"
 MIB: Final = 1 << 20
@@ -233,6 +235,7 @@ def verdict(raw: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, on_signal)
     parser = argparse.ArgumentParser(prog="warm", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--slices", type=int, default=300, help="of the study that is waited for (default: 300)")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each part (default: 5)")
