@@ -475,7 +475,7 @@ def main() -> int:
         folder = Path(name)
         parts: dict[str, Callable[[], Any]] = {
             "read": lambda: asyncio.run(reads(folder, sizes, options.rounds)),
-            "write": lambda: writes(folder, options.rounds),
+            "write": lambda: writes(folder, 2 * options.rounds),  # a few per cent are to be told from noise
             "look-up": lambda: asyncio.run(look_ups(folder, counts, 20_000)),
             "start": lambda: in_a_new_process(_starts, folder, options.entries, 3),
             "sick": lambda: sick(folder, 2 * options.rounds),
