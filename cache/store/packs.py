@@ -17,7 +17,7 @@ from cache.restore import Restores
 from cache.stopwatch import Stopwatch
 
 from .behind import WriteBehind
-from .places import Places
+from .places import Passing, Places
 
 
 class Pack:
@@ -122,7 +122,12 @@ class Packs:
         with watch.stage("reserve"):
             space = await self._places.intermediate(key.namespace, nbytes)
         with watch.stage("nvme_read"), contextlib.suppress(CorruptEntry, KeyError, DiskFailing):
-            await self._nvme.read_into(key, space.view, space.release)
+            try:
+                await self._nvme.read_into(key, space.view, space.release)
+            except BaseException:
+                if isinstance(space, Passing):
+                    space.leave()  # a thread may still be at it
+                raise
             return space
         return None
 

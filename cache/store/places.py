@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -24,24 +24,39 @@ class Movable(Protocol):
     space: Space
 
 
+class _Count(NamedTuple):
+    """How an intermediate ends to be counted: as what a fill holds, and as bytes of RAM; both once at most."""
+
+    left: Callable[[], None]
+    over: Callable[[], None]
+
+
 class Passing:
     """RAM for an intermediate: counted until it is released, or turns out to be no intermediate."""
 
-    def __init__(self, space: RamSpace, over: Callable[[], None]) -> None:
+    def __init__(self, space: RamSpace, count: _Count) -> None:
         self.extent = space.extent
         self.view = space.view
         self._space = space
-        self._over: Callable[[], None] | None = over
+        self._count: _Count | None = count
+
+    def leave(self) -> None:
+        """The fill has no more use for it, and something else holds it until it is released: a read that is late.
+
+        That may take as long as a disk hangs, so nobody who needs RAM waits for it any more.
+        """
+        if self._count is not None:
+            self._count.left()
 
     def keep(self) -> RamSpace:
         """The space, for what will be admitted."""
-        if self._over is not None:
-            self._over()
-            self._over = None
+        if self._count is not None:
+            self._count.over()
+            self._count = None
         return self._space
 
     def release(self) -> None:
-        if self._over is not None:
+        if self._count is not None:
             self.keep().release()
 
 
@@ -167,8 +182,8 @@ class Places:
         def reserve(nbytes: int) -> Passing:
             if not self._may_pass(namespace, nbytes):
                 raise AllPinned("intermediates have their part of RAM already")
-            with self._counted(namespace, nbytes) as over:
-                return Passing(self._ram_space(namespace, nbytes), over)
+            with self._counted(namespace, nbytes) as count:
+                return Passing(self._ram_space(namespace, nbytes), count)
 
         early = Early(reserve)
         try:
@@ -203,8 +218,12 @@ class Places:
         before.release()
 
     def _finish(self, namespace: str) -> None:
-        """Wake who waits for RAM that another fill held."""
+        """A fill holds something no more."""
         self._unfinished[namespace] -= 1
+        self._wake()
+
+    def _wake(self) -> None:
+        """Wake who waits for RAM that another fill held."""
         self._finished.set()
         self._finished = asyncio.Event()
 
@@ -213,23 +232,31 @@ class Places:
 
     async def _pass(self, namespace: str, nbytes: int) -> Space:
         # counted while it still waits for its bytes: others that decide meanwhile must know of it
-        with self._counted(namespace, nbytes) as over:
-            return Passing(await self.reserve(namespace, nbytes), over)
+        with self._counted(namespace, nbytes) as count:
+            return Passing(await self.reserve(namespace, nbytes), count)
 
     @contextlib.contextmanager
-    def _counted(self, namespace: str, nbytes: int) -> Iterator[Callable[[], None]]:
-        """Count the bytes as passing through RAM, until what this gives is called, or at once if this raises."""
+    def _counted(self, namespace: str, nbytes: int) -> Iterator[_Count]:
+        """Count the bytes as passing through RAM until what this gives says otherwise; no more if this raises."""
+        held = True
+
+        def left() -> None:
+            nonlocal held
+            if held:
+                held = False
+                self._finish(namespace)
 
         def over() -> None:
             self._passing[namespace] -= nbytes
-            self._finish(namespace)
+            left()
+            self._wake()
 
         self._passing[namespace] += nbytes
         self._unfinished[namespace] += 1
         if self._passing[namespace] * 8 > self._ram.usage(namespace).budget * 3:
             self._behind.hurry()  # packs that wait to be written are intermediates, too, and may take half at most
         try:
-            yield over
+            yield _Count(left, over)
         except BaseException:
             over()
             raise

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cache.errors import ConfigError, CorruptEntry, DiskFailing
+from cache.errors import AllPinned, ConfigError, CorruptEntry, DiskFailing
 from cache.keys import SeriesRef, TensorRef
 from cache.nvme import NvmeSettings, NvmeTier
 from cache.nvme.disk import page_aligned
@@ -406,6 +406,31 @@ async def test_requests_while_a_read_is_stuck(walk: Walk) -> None:
     for outcome in held:
         assert await content(outcome) == DATA
         outcome.release()
+
+
+async def test_nobody_waits_for_memory_that_a_stuck_read_holds(tmp_path: Path) -> None:
+    """Where it is needed, and all else is pinned, the request is refused at once: the disk may hang for ever."""
+    objects = [bytes([7]) * 24 * KIB]
+    async with walking(tmp_path, ram=64 * KIB, nvme=8 * MIB, shares={"serving": 1.0}) as walk:
+        for ref in REFS[:2]:
+            walk.archive.write(ref, objects)
+            await walk.get(ref)
+            await walk.settled()
+            walk.evict_ram(ref)
+        held = await walk.store.get(TensorRef(REFS[1], "plain"))
+        walk.disk.plan = READS_HANG
+        asking = asyncio.create_task(walk.get(REFS[0], "turned"))  # made of the pack, which is on the disk
+        await asyncio.to_thread(walk.disk.until_hanging)
+        while not asking.done():
+            walk.clock.advance(LONG)
+            await asyncio.wait([asking], timeout=0.005)
+        with pytest.raises(AllPinned):
+            await asking
+        assert walk.store._places.passing > 0  # the read still holds it
+        walk.heal()
+        await until(lambda: walk.store._places.passing == 0)
+        assert (await walk.get(REFS[0], "turned"))[0] == "origin"
+        held.release()
 
 
 @pytest.mark.parametrize("plan", [DiskFaultPlan(error=1), DiskFaultPlan(short=1), DiskFaultPlan(flipped=1)])

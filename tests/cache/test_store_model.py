@@ -110,6 +110,8 @@ class StoreMachine(RuleBasedStateMachine):
         self.leasing: dict[int, tuple[Lease, bytes, float]] = {}  # with its deadline on the monotonic clock
         self.tokens = itertools.count()
         self.sound = True  # nothing makes the origin fail
+        self.late = False  # some reads may hang, be it by a plan that was replaced since
+        self.getting = 0  # requests whose answer is still to come
         self.last = b""
         self.walk: Walk
         self.parts: AsyncExitStack
@@ -118,15 +120,15 @@ class StoreMachine(RuleBasedStateMachine):
         return self.loop.run_until_complete(self.patiently(work))
 
     async def patiently(self, work: Coroutine[Any, Any, T]) -> T:
-        """``work``'s result, time going on while the disk may hang: what is late goes on by itself, and what has to
-        wait for the disk gets it back after a while."""
+        """``work``'s result, time going on while the disk may hang. A request never waits for a disk that does; what
+        has to, as reading what is only there, gets it back after a while."""
         task = asyncio.create_task(work)
         for turn in itertools.count():
-            await asyncio.wait([task], timeout=0.001 if self.walk.disk.plan.hang else None)
+            await asyncio.wait([task], timeout=0.001 if self.late else None)
             if task.done():
                 return task.result()
             self.clock.advance(LATE_S)
-            if turn % 10 == 9:
+            if turn % 10 == 9 and not self.getting:
                 self.walk.disk.resume()
         raise AssertionError
 
@@ -141,7 +143,7 @@ class StoreMachine(RuleBasedStateMachine):
             clock=self.clock,
         )
         self.walk = self.loop.run_until_complete(self.parts.enter_async_context(opened))
-        self.sound = True
+        self.sound, self.late = True, False
 
     # ------------------------------------------------------------------ the world
 
@@ -167,6 +169,7 @@ class StoreMachine(RuleBasedStateMachine):
     def fail_disk(self, plan: DiskFaultPlan) -> None:
         self.walk.disk.plan = plan
         self.sound = False
+        self.late = self.late or plan.hang > 0
 
     @rule()
     def heal(self) -> None:
@@ -176,7 +179,7 @@ class StoreMachine(RuleBasedStateMachine):
 
         self.walk.heal()
         self.run(healthy())
-        self.sound = True
+        self.sound, self.late = True, False
 
     @rule(number=st.integers(0, 100), at=st.floats(0, 1))
     def corrupt(self, number: int, at: float) -> None:
@@ -334,6 +337,7 @@ class StoreMachine(RuleBasedStateMachine):
         """Get a tensor, check it against the model; None for an error that may be. ``must``: none may be."""
         present = self.source.get(ref)
         possible = {present} | (self.known.get(ref, set()) if self.revalidate == "events" else set())
+        self.getting += 1
         try:
             outcome = await self.walk.store.get(TensorRef(ref, recipe))
         except NotFound:
@@ -347,6 +351,8 @@ class StoreMachine(RuleBasedStateMachine):
             assert own or outside or isinstance(error, AllPinned)
             self.heard(ref)
             return None
+        finally:
+            self.getting -= 1
         try:
             data = await content(outcome)
         except CorruptEntry:  # what is too large for RAM is verified while it is read
