@@ -2,7 +2,7 @@
 
 An HTTP client hands a body out in pieces of its own making, each of which has to be copied once more. Here an answer
 says its length, the caller gives the memory, and the socket is read into it: a body of half a mebibyte costs the loop
-that also serves hits a third of the processor time. Answers are parsed by llhttp (httptools), but for the bodies whose
+that also serves hits half of the processor time. Answers are parsed by llhttp (httptools), but for the bodies whose
 length is known. Source: RFC 9110 and 9112; RFC 9110 §9.3.6 for tunnels through a proxy.
 """
 
@@ -330,22 +330,23 @@ class _Connection(asyncio.BufferedProtocol):
     def _end(self) -> None:
         self._ended = True
         self._to = None
-        if self._watch is not None:
-            self._watch.cancel()
-            self._watch = None
+        self._unwatch()
         self._last = self._loop.time()
 
     def _fail(self, failure: OSError) -> None:
         self._to = None
         self._failure = self._failure or failure
-        if self._watch is not None:
-            self._watch.cancel()
-            self._watch = None
+        self._unwatch()
         if self._transport is not None:
             self._transport.abort()
         elif not self.gone.done():
             self.gone.set_result(None)
         self._wake()
+
+    def _unwatch(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
 
     def _look(self) -> None:
         """Whether the server has paused for too long."""
