@@ -1,8 +1,8 @@
 """The tier over the folder: what to hold is decided in the event loop, and done by threads.
 
-The ledger counts bytes of disk, not of files: space is charged before its file is created, at the most it may take,
-and freed when its removal is decided. The folder keeps that order, so an observer never sees more than the budget.
-Payloads are moved by threads of their own, so that reading and evicting never wait for a slow write.
+Space is charged before its file is created, at the most it may take, and freed when its removal is decided. The folder
+keeps that order, so an observer never sees more than the budget. Payloads are moved by threads of their own, so that
+reading and evicting never wait for a slow write.
 """
 
 import asyncio
@@ -13,17 +13,15 @@ import itertools
 import math
 import mmap
 import os
-import sys
-from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
-from cache.arena import ALIGN, aligned
+from cache.arena import ALIGN
 from cache.entry import CHUNK, Entry, checksum
 from cache.errors import (
     AllPinned,
@@ -31,30 +29,22 @@ from cache.errors import (
     CorruptEntry,
     DiskFailing,
     Refused,
-    TooLarge,
-    UnknownNamespace,
 )
-from cache.interfaces import Clock, EvictionPolicy, Extent, Residency, Spares, Usage
+from cache.interfaces import Clock, Extent, Residency, Spares, Usage
 from cache.keys import Key, Kind
 from cache.policy.choice import EvictionSettings
-from cache.policy.shares import Limits, Shares, check_kept, check_shares, default_shares, expendable, limits
+from cache.policy.shares import Shares, default_shares
 
 from .disk import Disk, opened, page_aligned
 from .folder import File, Folder, examine, read_head
 from .head import LEAST, BadHead, Head, OtherFormat, encode, head_nbytes
 from .health import HealthSettings, State
 from .journal import Journal, Note
-from .reads import Job, Reads, read_chunk
+from .ledger import Ledger, Resident, charge
+from .reads import Reads, read_chunk
 from .watch import Told, Watch
 
 T = TypeVar("T")
-
-#: Room for what a new name may add to its folders: one split of a directory's index, in each of two.
-_NAMES: Final = 16 << 10
-#: Room for the file that a probe of the disk writes.
-_PROBE: Final = 8 << 10
-#: So few that their folder never outgrows its first block.
-_MOST_QUARANTINED: Final = 16
 
 
 class NvmeSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -98,34 +88,6 @@ class Report(msgspec.Struct, frozen=True):
         return len(self.problems) == self.repaired
 
 
-class _Resident:
-    __slots__ = ("allocated", "entry", "head", "identity", "last_use", "path", "pins", "sums", "uses")
-
-    def __init__(self, entry: Entry, sums: str, file: File) -> None:
-        self.entry = _sharing(entry)
-        self.sums = sums.encode()
-        self.head = head_nbytes(entry.nbytes)
-        self.path = file.path
-        self.identity = file.identity
-        self.allocated = file.identity.allocated
-        self.last_use = file.used_at
-        self.uses = 0
-        self.pins = 0
-
-    @property
-    def chunks(self) -> int:
-        return len(self.sums) // 16
-
-    @property
-    def note(self) -> Note:
-        return Note(self.path.name, self.identity, self.entry, self.sums.decode())
-
-    def job(self, chunks: Iterable[int]) -> Job:
-        """What reads these chunks."""
-        sums = {chunk: self.sums[16 * chunk : 16 * chunk + 16].decode() for chunk in chunks}
-        return Job(self.path, self.head, sums, self.last_use)
-
-
 class NvmeSpace:
     """A file, allocated in full, for an entry that is being made: other processes map ``extent`` and fill it."""
 
@@ -155,7 +117,7 @@ class NvmeSpace:
 class Payload:
     """An entry's bytes, read as they are asked for; the entry stays until ``release``."""
 
-    def __init__(self, tier: "NvmeTier", resident: _Resident) -> None:
+    def __init__(self, tier: "NvmeTier", resident: Resident) -> None:
         self.entry = resident.entry
         self._tier = tier
         self._resident = resident
@@ -210,14 +172,11 @@ class NvmeTier:
         on_health: Told | None,
     ) -> None:
         """Use ``open``."""
-        check_shares(settings.namespaces)
         if not 0 <= settings.quarantine < 1 or settings.threads < 1 or settings.scrub < 0:
             raise ConfigError("nvme: quarantine must be a share below 1, threads at least 1, and scrub not below 0")
         settings.health.check()
         self._settings = settings
         self._clock = clock
-        self._on_evict = on_evict
-        self.spares: Spares = lambda key, last_use: False
         self._disk = disk or Disk(direct=settings.direct)
         self._folder = Folder(Path(settings.path), self._disk)
         self._journal = Journal(self._folder.root / "journal", min(settings.journal, settings.budget // 50))
@@ -228,21 +187,18 @@ class NvmeTier:
         self._lookers = ThreadPoolExecutor(settings.threads, "voxcache-nvme-look")
         self._writers = ThreadPoolExecutor(settings.threads, "voxcache-nvme-write")
         self._numbers = itertools.count()
-        self._index: dict[Key, _Resident] = {}
-        self._policies: dict[str, EvictionPolicy[Key]] = {
-            namespace: settings.eviction.build() for namespace in settings.namespaces
-        }
-        self._shares = settings.namespaces
-        self._used = dict.fromkeys(settings.namespaces, 0)
-        self._entries: Counter[str] = Counter()  # of the index, by namespace
+        self._ledger = Ledger(
+            settings.budget,
+            settings.namespaces,
+            settings.eviction,
+            quarantine=settings.quarantine,
+            reserved=reserved_bytes,
+            around=lambda: self._journal.nbytes + self._folder.own + self._folder.stuck,
+            on_evict=on_evict,
+        )
         self._spaces: dict[str, NvmeSpace] = {}
         self._landing: dict[Key, asyncio.Future[None]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._quarantined: OrderedDict[Path, int] = OrderedDict()
-        self._strays: OrderedDict[Path, int] = OrderedDict()  # of another format: the first to go
-        self._foreign: set[Path] = set()
-        self._reserved = reserved_bytes
-        self._others = reserved_bytes  # with the foreign files among the entries
         self.failed_writes = 0
         self.corrupted = 0
 
@@ -288,7 +244,7 @@ class NvmeTier:
     # -- looking and reading
 
     def lookup(self, key: Key) -> Entry | None:
-        resident = self._index.get(key)
+        resident = self._ledger.held.get(key)
         return resident.entry if resident is not None else None
 
     async def read_into(self, key: Key, out: memoryview, freed: Callable[[], None] | None = None) -> Entry:
@@ -305,33 +261,33 @@ class NvmeTier:
             ValueError: ``out`` is not ``entry.nbytes`` long.
         """
         try:
-            resident = self._index[key]
+            resident = self._ledger.held[key]
             if out.nbytes != resident.entry.nbytes:
                 raise ValueError(f"{out.nbytes} bytes cannot take the {resident.entry.nbytes} of the entry")
         except BaseException:
             if freed is not None:
                 freed()
             raise
-        self._touch(resident)
+        self._ledger.used(resident, self._clock.now())
         await self._read(resident, out.cast("B"), range(resident.chunks), freed)
         return resident.entry
 
     def open_payload(self, key: Key) -> Payload:
         """The entry, pinned, to be read in parts. Raises: KeyError."""
-        resident = self._index[key]
-        self._touch(resident)
+        resident = self._ledger.held[key]
+        self._ledger.used(resident, self._clock.now())
         return Payload(self, resident)
 
     def hold(self, key: Key) -> Payload | None:
         """The same, or None: to look at it is no use of it."""
-        resident = self._index.get(key)
+        resident = self._ledger.held.get(key)
         return None if resident is None else Payload(self, resident)
 
     def keys(self) -> list[Key]:
-        return list(self._index)
+        return list(self._ledger.held)
 
     def residents(self) -> Iterator[Residency]:
-        for key, held in list(self._index.items()):
+        for key, held in list(self._ledger.held.items()):
             yield Residency(key, self.name, held.entry.nbytes, held.last_use, held.uses, held.pins)
 
     def usage(self, namespace: str | None = None) -> Usage:
@@ -339,14 +295,20 @@ class NvmeTier:
 
         Raises: UnknownNamespace.
         """
-        if namespace is None:
-            return Usage(self._total(), self._settings.budget, len(self._index))
-        mine = self._limits_of(namespace)
-        return Usage(self._used[namespace], mine.ceiling, self._entries[namespace], mine.reservation)
+        return self._ledger.usage(namespace)
+
+    @property
+    def spares(self) -> Spares:
+        """What does not go to make room."""
+        return self._ledger.spares
+
+    @spares.setter
+    def spares(self, spares: Spares) -> None:
+        self._ledger.spares = spares
 
     @property
     def namespaces(self) -> tuple[str, ...]:
-        return tuple(self._shares)
+        return self._ledger.namespaces
 
     @property
     def health(self) -> dict[str, State]:
@@ -378,7 +340,7 @@ class NvmeTier:
             raise ValueError(f"the payload has {payload.nbytes} bytes, its entry says {entry.nbytes}")
         while key in self._landing:
             await asyncio.wait([self._landing[key]])
-        if key in self._index:
+        if key in self._ledger.held:
             return True
         with self._lands(key):
             return await self._whole(self._write(entry, payload.cast("B")))
@@ -410,23 +372,23 @@ class NvmeTier:
             raise ValueError("the space was released")
         while key in self._landing:
             await asyncio.wait([self._landing[key]])
-        if key in self._index:
+        if key in self._ledger.held:
             space.release()
             return
         with self._lands(key):
             await self._whole(self._commit(entry, space))
 
     def evict(self, key: Key) -> bool:
-        resident = self._index.get(key)
+        resident = self._ledger.held.get(key)
         if resident is None or resident.pins:
             return False
-        self._drop(resident, "asked")
+        self._ledger.drop(resident, "asked")
         self._folder.remove(resident.path)
         return True
 
     async def condemn(self, key: Key) -> bool:
         """Set the entry aside, as one that fails its checksum is; False: it is not here."""
-        resident = self._index.get(key)
+        resident = self._ledger.held.get(key)
         if resident is None:
             return False
         await self._tracked(self._condemn(resident))
@@ -446,6 +408,13 @@ class NvmeTier:
         await self._journal.close()
         await self._folder.close()
 
+    def divide(self, shares: Shares) -> None:
+        """Divide the budget anew; what is then above its share goes, unless it is being read.
+
+        Raises: ConfigError: the shares cannot be, or a namespace is missing that is there now. Nothing is changed then.
+        """
+        self._remove(self._ledger.divide(shares))
+
     # -- verifying
 
     async def scrub(self) -> None:
@@ -457,15 +426,15 @@ class NvmeTier:
             return
         pause = CHUNK / self._settings.scrub
         while True:
-            for resident in list(self._index.values()):
+            for resident in list(self._ledger.held.values()):
                 await self._scrub(resident, pause)
             await asyncio.sleep(pause)
 
-    async def _scrub(self, resident: _Resident, pause: float) -> None:
+    async def _scrub(self, resident: Resident, pause: float) -> None:
         for part in (None, *range(resident.chunks)):
             await asyncio.sleep(pause)
             await self._reads.until_idle()
-            if self._index.get(resident.entry.key) is not resident:
+            if not self._ledger.holds(resident):
                 return
             try:
                 if part is not None:
@@ -487,8 +456,8 @@ class NvmeTier:
         for resident, size in differing:
             text = f"{resident.path.name}: takes {size} bytes of disk, the ledger says {resident.allocated}"
             found.append((text, partial(self._correct, resident, size)))
-        for resident in list(self._index.values()):
-            if self._index.get(resident.entry.key) is resident:
+        for resident in list(self._ledger.held.values()):
+            if self._ledger.holds(resident):
                 with _pinned(resident):
                     fault = await self._run(self._lookers, self._fault, resident)
                 if fault is not None:
@@ -500,19 +469,17 @@ class NvmeTier:
         if on_disk > self._settings.budget:
             problems.append(f"{on_disk} bytes on disk are more than the budget of {self._settings.budget}")
         repaired = len(found) if repair else 0
-        ledger = self._total() - self._journal.nbytes + self._journal.taken
-        return Report(len(self._index), ledger, on_disk, self._settings.budget, tuple(problems), repaired)
+        ledger = self._ledger.total() - self._journal.nbytes + self._journal.taken
+        return Report(len(self._ledger.held), ledger, on_disk, self._settings.budget, tuple(problems), repaired)
 
     async def _discard(self, path: Path) -> None:
         self._folder.remove(path)
         await self._folder.settled()
 
-    async def _correct(self, resident: _Resident, size: int) -> None:
-        if self._index.get(resident.entry.key) is resident:
-            self._used[resident.entry.key.namespace] += size - resident.allocated
-            resident.allocated = size
+    async def _correct(self, resident: Resident, size: int) -> None:
+        self._ledger.correct(resident, size)
 
-    def _head_fault(self, resident: _Resident) -> str | None:
+    def _head_fault(self, resident: Resident) -> str | None:
         try:
             head = read_head(resident.path)
         except (OSError, BadHead, OtherFormat) as error:
@@ -520,7 +487,7 @@ class NvmeTier:
         same = head.entry == resident.entry and head.sums.encode() == resident.sums
         return None if same else "the head describes another entry"
 
-    def _fault(self, resident: _Resident) -> str | None:
+    def _fault(self, resident: Resident) -> str | None:
         if (fault := self._head_fault(resident)) is not None:
             return fault
         try:
@@ -536,11 +503,11 @@ class NvmeTier:
             return str(error)
         return None
 
-    async def _compare(self) -> tuple[int, dict[Path, int], list[tuple[_Resident, int]]]:
+    async def _compare(self) -> tuple[int, dict[Path, int], list[tuple[Resident, int]]]:
         """Bytes on disk; files that nothing accounts for; residents of another size than the ledger says."""
         # the hand lists the folder after all that was decided before, and before all that is decided from now on
-        residents = {resident.path: resident for resident in self._index.values()}
-        known = residents.keys() | self._strays.keys() | self._foreign | self._quarantined.keys()
+        residents = {resident.path: resident for resident in self._ledger.held.values()}
+        known = residents.keys() | self._ledger.strays.keys() | self._ledger.foreign | self._ledger.quarantined.keys()
         known |= (
             {self._folder.probe}
             | {Path(path) for path in self._spaces}
@@ -562,39 +529,42 @@ class NvmeTier:
                 f"{self._settings.path} is on a filesystem of {found.filesystem} bytes, smaller than the budget of "
                 f"{self._settings.budget}: lower nvme.budget"
             )
-        self._foreign = set(found.foreign)
-        self._others = max(self._reserved, found.beside) + sum(found.foreign.values())
-        self._quarantined.update(found.quarantined)
+        ledger = self._ledger
+        ledger.foreign = frozenset(found.foreign)
+        ledger.reserved = max(ledger.reserved, found.beside) + sum(found.foreign.values())
+        ledger.quarantined.update(found.quarantined)
         known = [_if_of(notes.get(file.path.name), file) for file in found.files]
         heads = iter(await self._heads([file.path for file, note in zip(found.files, known, strict=True) if not note]))
-        read: list[_Resident] = []
+        namespaces = frozenset(ledger.namespaces)
+        held: list[Resident] = []
+        read: list[Resident] = []
         broken: list[tuple[Path, int]] = []
         unowned: list[Path] = []
         for file, note in zip(found.files, known, strict=True):
             what = note or next(heads)
             if isinstance(what, OtherFormat):
-                self._strays[file.path] = file.identity.allocated
+                ledger.strays[file.path] = file.identity.allocated
             elif isinstance(what, BadHead):
                 broken.append((file.path, file.identity.allocated))
-            elif what.entry.key.namespace not in self._used:
+            elif what.entry.key.namespace not in namespaces:
                 unowned.append(file.path)
             else:
-                resident = _Resident(what.entry, what.sums, file)
-                self._index[resident.entry.key] = resident
+                resident = Resident(what.entry, what.sums, file)
+                held.append(resident)
                 if note is None:
                     read.append(resident)
-        self._restore()
+        ledger.restore(held)
         for path in unowned:
             self._folder.remove(path)
         for path, size in broken:
             await self._set_aside(path, size)
-        self._trim_quarantine(0)
-        if self._room() < _charge(LEAST):
+        self._remove(ledger.trim_quarantine(0))
+        if ledger.room() < charge(LEAST):
             raise ConfigError(
                 f"nvme: the budget of {self._settings.budget} bytes leaves nothing for entries: "
-                f"{self._settings.budget - self._room()} are taken or set aside already"
+                f"{self._settings.budget - ledger.room()} are taken or set aside already"
             )
-        self._make_room(None, 0)
+        self._remove(ledger.make_room(None, 0))
         await self._folder.settled()
         if len(notes) > 2 * sum(note is not None for note in known):  # most are of what is no more
             self._rewrite_journal()
@@ -613,137 +583,14 @@ class NvmeTier:
         return list(itertools.chain.from_iterable(read))
 
     def _rewrite_journal(self) -> None:
-        residents = list(self._index.values())
+        residents = list(self._ledger.held.values())
         self._journal.rewrite(lambda: (resident.note for resident in residents))
 
-    # -- the ledger
+    # -- space
 
-    def _room(self) -> int:
-        """Bytes that entries and spaces may take together."""
-        return (
-            self._settings.budget
-            - self._others
-            - self._quarantine_cap()
-            - self._folder.own
-            - self._folder.stuck
-            - self._journal.nbytes
-            - _NAMES
-            - _PROBE
-        )
-
-    def _quarantine_cap(self) -> int:
-        return int(self._settings.budget * self._settings.quarantine)
-
-    def _limits(self) -> dict[str, Limits]:
-        return limits(max(self._room(), 0), self._shares)
-
-    def _limits_of(self, namespace: str) -> Limits:
-        try:
-            return self._limits()[namespace]
-        except KeyError:
-            raise UnknownNamespace(f"namespace {namespace!r} has no share of the NVMe tier") from None
-
-    def _total(self) -> int:
-        kept = sum(self._quarantined.values()) + sum(self._strays.values())
-        return (
-            sum(self._used.values())
-            + kept
-            + self._others
-            + self._journal.nbytes
-            + self._folder.own
-            + self._folder.stuck
-        )
-
-    def divide(self, shares: Shares) -> None:
-        """Divide the budget anew; what is then above its share goes, unless it is being read.
-
-        Raises: ConfigError: the shares cannot be, or a namespace is missing that is there now. Nothing is changed then.
-        """
-        check_shares(shares)
-        check_kept(self._shares, shares)
-        self._shares = shares
-        for namespace in shares.keys() - self._used.keys():
-            self._used[namespace] = 0
-            self._policies[namespace] = self._settings.eviction.build()
-        self._make_room(None, 0)
-
-    def _make_room(self, namespace: str | None, need: int) -> None:
-        """Evict so that ``namespace`` may take ``need`` bytes more; without one, so that all are within their limits.
-
-        Limits shrink by a little as folders grow, hence a look at all of them.
-
-        Raises: TooLarge, AllPinned; nothing has been evicted then.
-        """
-        bounds, room = self._limits(), self._room()
-        after = dict(self._used)
-        if namespace is not None:
-            after[namespace] += need
-            if need > bounds[namespace].ceiling:
-                raise TooLarge(
-                    f"{need} bytes are more than the {bounds[namespace].ceiling} namespace {namespace!r} "
-                    "may have of the NVMe tier"
-                )
-
-        going: list[_Resident] = []
-        victims = {each: self._expendable(each) for each in bounds}
-
-        def give(resident: _Resident) -> None:
-            going.append(resident)
-            after[resident.entry.key.namespace] -= resident.allocated
-
-        def short() -> bool:
-            # what others have reserved and do not use is no room, but for what is reserved too
-            within = namespace is not None and after[namespace] <= bounds[namespace].reservation
-            kept = (after[each] if within else max(after[each], bound.reservation) for each, bound in bounds.items())
-            return sum(kept) > room
-
-        for each in bounds if namespace is None else (namespace,):
-            while after[each] > bounds[each].ceiling and (resident := next(victims[each], None)) is not None:
-                give(resident)
-        giving = expendable(dict(after), bounds, victims, lambda resident: resident.allocated, namespace)
-        while short() and (resident := next(giving, None)) is not None:
-            give(resident)
-        if namespace is not None and (after[namespace] > bounds[namespace].ceiling or short()):
-            raise AllPinned(f"no {need} bytes of namespace {namespace!r} can be freed while its entries are in use")
-        while self._strays and sum(after.values()) + sum(self._strays.values()) > room:
-            self._folder.remove(self._strays.popitem(last=False)[0])
-        for resident in going:
-            self._drop(resident, "room")
-            self._folder.remove(resident.path)
-
-    def _expendable(self, namespace: str) -> Iterator[_Resident]:
-        for key in self._policies[namespace].victims():
-            resident = self._index[key]
-            if not resident.pins and not self.spares(key, resident.last_use):
-                yield resident
-
-    def _admit(self, resident: _Resident) -> None:
-        key = resident.entry.key
-        self._index[key] = resident
-        self._entries[key.namespace] += 1
-        self._used[key.namespace] += resident.allocated
-        self._policies[key.namespace].admitted(key, resident.allocated, resident.entry.cost_s, resident.last_use)
-
-    def _restore(self) -> None:
-        """Tell the policies what the index holds at the start."""
-        held: dict[str, list[tuple[Key, int, float, float]]] = {namespace: [] for namespace in self._policies}
-        for resident in sorted(self._index.values(), key=lambda resident: resident.last_use):
-            key, entry = resident.entry.key, resident.entry
-            self._entries[key.namespace] += 1
-            self._used[key.namespace] += resident.allocated
-            held[key.namespace].append((key, resident.allocated, entry.cost_s, resident.last_use))
-        for namespace, entries in held.items():
-            self._policies[namespace].restored(entries)
-
-    def _drop(self, resident: _Resident, reason: str) -> None:
-        key = resident.entry.key
-        del self._index[key]
-        self._entries[key.namespace] -= 1
-        self._used[key.namespace] -= resident.allocated
-        policy = self._policies[key.namespace]
-        (policy.evicted if reason == "room" else policy.removed)(key)
-        if self._on_evict is not None:
-            self._on_evict(resident.entry, reason)
+    def _remove(self, paths: Iterable[Path]) -> None:
+        for path in paths:
+            self._folder.remove(path)
 
     def _release(self, space: NvmeSpace) -> None:
         if space.open:
@@ -753,7 +600,7 @@ class NvmeTier:
     def _close_space(self, space: NvmeSpace) -> None:
         space.open = False
         del self._spaces[space.extent.path]
-        self._used[space.namespace] -= space.charge
+        self._ledger.give_back(space.namespace, space.charge)
 
     @contextlib.contextmanager
     def _lands(self, key: Key) -> Iterator[None]:
@@ -766,14 +613,9 @@ class NvmeTier:
 
     # -- reading, within
 
-    def _touch(self, resident: _Resident) -> None:
-        resident.uses += 1
-        resident.last_use = self._clock.now()
-        self._policies[resident.entry.key.namespace].used(resident.entry.key, resident.last_use)
-
     async def _read(
         self,
-        resident: _Resident,
+        resident: Resident,
         out: memoryview,
         chunks: Iterable[int],
         freed: Callable[[], None] | None = None,
@@ -794,7 +636,7 @@ class NvmeTier:
                 reading.when_over(freed)
             raise
 
-    async def _judge(self, resident: _Resident, faults: list[BaseException]) -> None:
+    async def _judge(self, resident: Resident, faults: list[BaseException]) -> None:
         """What a read in time says of the disk and of the entry. Raises: CorruptEntry, DiskFailing."""
         for fault in faults:
             if not isinstance(fault, OSError | EOFError | CorruptEntry):
@@ -813,42 +655,35 @@ class NvmeTier:
         await asyncio.wait([self._tracked(self._condemn(resident))], timeout=self._reading.deadline_s)
         raise CorruptEntry(text) from faults[0]
 
-    async def _condemn(self, resident: _Resident) -> None:
+    async def _condemn(self, resident: Resident) -> None:
         """Drop a broken entry and set its file aside, unless another reader did."""
-        if self._index.get(resident.entry.key) is resident:
+        if self._ledger.holds(resident):
             self.corrupted += 1
-            self._drop(resident, "corrupt")
+            self._ledger.drop(resident, "corrupt")
             await self._set_aside(resident.path, resident.allocated)
 
     async def _set_aside(self, path: Path, size: int) -> None:
-        if size > self._quarantine_cap():
+        if size > self._ledger.quarantine_bytes:
             await self._discard(path)
             return
-        self._trim_quarantine(size)
+        self._remove(self._ledger.trim_quarantine(size))
         name = f"{int(self._clock.now()):012d}-{next(self._numbers):04d}-{path.name}"
         target = self._folder.quarantine / name
-        self._quarantined[target] = size
+        self._ledger.quarantined[target] = size
         took = await self._folder.move(path, target)
-        if target in self._quarantined:  # it may have had to go meanwhile
-            self._quarantined[target] = took
-
-    def _trim_quarantine(self, need: int) -> None:
-        most = _MOST_QUARANTINED - (need > 0)
-        while self._quarantined and (
-            sum(self._quarantined.values()) + need > self._quarantine_cap() or len(self._quarantined) > most
-        ):
-            self._folder.remove(self._quarantined.popitem(last=False)[0])
+        if target in self._ledger.quarantined:  # it may have had to go meanwhile
+            self._ledger.quarantined[target] = took
 
     # -- writing, within
 
     async def _reserve(self, namespace: str, nbytes: int) -> NvmeSpace:
-        self._limits_of(namespace)
+        self._ledger.limits_of(namespace)
         if not self._writing.admits:
             raise DiskFailing(f"no {nbytes} bytes of disk are taken: the disk is left alone until a probe goes well")
-        charge = _charge(head_nbytes(nbytes) + nbytes)
-        self._make_room(namespace, charge)
-        self._used[namespace] += charge
-        space = NvmeSpace(self, namespace, self._folder.tmp / f"{next(self._numbers):08x}", nbytes, charge)
+        most = charge(head_nbytes(nbytes) + nbytes)
+        self._remove(self._ledger.make_room(namespace, most))
+        self._ledger.take(namespace, most)
+        space = NvmeSpace(self, namespace, self._folder.tmp / f"{next(self._numbers):08x}", nbytes, most)
         self._spaces[space.extent.path] = space
         try:
             await self._folder.create(space.extent)
@@ -895,8 +730,8 @@ class NvmeTier:
         else:
             self._writing.good()
             self._close_space(space)
-            resident = _Resident(entry, head.sums, File(path, identity, now))
-            self._admit(resident)
+            resident = Resident(entry, head.sums, File(path, identity, now))
+            self._ledger.admit(resident)
             self._journal.note([resident.note])
             if self._journal.overgrown:
                 self._rewrite_journal()
@@ -941,7 +776,7 @@ class NvmeTier:
 
     def _probe_read(self) -> None:
         """Read the first chunk of some entry, or look at the folder where there is none. Raises: OSError."""
-        resident = next(reversed(self._index.values()), None)
+        resident = next(reversed(self._ledger.held.values()), None)
         if resident is not None:
             job = resident.job([0] if resident.chunks else [])
             with contextlib.suppress(FileNotFoundError, EOFError, CorruptEntry):  # its own trouble, not the disk's
@@ -1001,25 +836,17 @@ class NvmeTier:
         return await asyncio.get_running_loop().run_in_executor(pool, work, *args)
 
 
-def _charge(size: int) -> int:
-    """The most disk a file of ``size`` bytes may take while it is made, with what its names add to the folders.
-
-    Beyond its own blocks: those that map it, one for every 4 MiB if the disk is as fragmented as that.
-    """
-    return aligned(size) + 4096 * (2 + (size >> 22)) + _NAMES
-
-
 def _undo(undo: Callable[[T], None] | None, task: asyncio.Task[T]) -> None:
     if task.exception() is None and undo is not None:
         undo(task.result())
 
 
-def _unpin(resident: _Resident) -> None:
+def _unpin(resident: Resident) -> None:
     resident.pins -= 1
 
 
 @contextlib.contextmanager
-def _pinned(resident: _Resident) -> Iterator[None]:
+def _pinned(resident: Resident) -> Iterator[None]:
     resident.pins += 1
     try:
         yield
@@ -1043,11 +870,3 @@ def _uncollected() -> Iterator[None]:
     finally:
         if was:
             gc.enable()
-
-
-def _sharing(entry: Entry) -> Entry:
-    """The entry, its long texts, which many entries have in common, being one in memory."""
-    lineage = entry.lineage
-    for field in ("recipe", "software"):
-        msgspec.structs.force_setattr(lineage, field, sys.intern(getattr(lineage, field)))
-    return entry

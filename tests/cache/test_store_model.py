@@ -410,7 +410,7 @@ class StoreMachine(RuleBasedStateMachine):
             gone = [
                 outcome
                 for outcome, _ in self.holding.values()
-                if isinstance(outcome, Bypassed) and nvme._index.get(outcome.entry.key) is not outcome.payload._resident
+                if isinstance(outcome, Bypassed) and not nvme._ledger.holds(outcome.payload._resident)
             ]
             assert self.walk.pins() == len(self.holding) + len(self.leasing) - len(gone)
 
