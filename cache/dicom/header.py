@@ -12,6 +12,7 @@ import math
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
 from datetime import datetime
 from io import BytesIO
 from typing import Any, Final, Literal, NamedTuple
@@ -274,6 +275,15 @@ class InstanceHeader(msgspec.Struct, frozen=True):
         return 0, (1 << self.bits_stored) - 1
 
 
+@contextlib.contextmanager
+def _unwarned() -> Iterator[None]:
+    """Without warnings, for all that pydicom is asked: it may convert a value only when that is wanted."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@_unwarned()
 def read_header(data: memoryview, member: int) -> InstanceHeader:
     """Read the header of the object ``data`` (a whole DICOM file, PS3.10 §7), the pack's member number ``member``.
 
@@ -288,30 +298,28 @@ def read_header(data: memoryview, member: int) -> InstanceHeader:
     study, series, instance = _uids(dataset)
     try:
         floating, offset, nbytes = _locate_pixels(scan, body)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                header = _build(
-                    dataset,
-                    member=member,
-                    study=study,
-                    series=series,
-                    instance=instance,
-                    transfer_syntax=body.transfer_syntax,
-                    modality_lut=_MODALITY_LUT in scan.seen,
-                    functional_groups=PER_FRAME in scan.seen,
-                    pixel_offset=offset,
-                    pixel_nbytes=nbytes,
-                    floating=floating,
-                )
-                if body.transfer_syntax == BIG_ENDIAN:
-                    header = msgspec.structs.replace(header, words=scan.vr == "OW" and header.bits_allocated <= 8)
-                if scan.seen & _IN_PLACE or header.sop_class == RT_DOSE:
-                    header = _with_parts(header, body)
-            except (BadSource, MemoryError):
-                raise
-            except Exception as error:  # whatever pydicom's converters make of a malformed value
-                raise UnsupportedPixels("an attribute of its pixels has no usable value") from error
+        try:
+            header = _build(
+                dataset,
+                member=member,
+                study=study,
+                series=series,
+                instance=instance,
+                transfer_syntax=body.transfer_syntax,
+                modality_lut=_MODALITY_LUT in scan.seen,
+                functional_groups=PER_FRAME in scan.seen,
+                pixel_offset=offset,
+                pixel_nbytes=nbytes,
+                floating=floating,
+            )
+            if body.transfer_syntax == BIG_ENDIAN:
+                header = msgspec.structs.replace(header, words=scan.vr == "OW" and header.bits_allocated <= 8)
+            if scan.seen & _IN_PLACE or header.sop_class == RT_DOSE:
+                header = _with_parts(header, body)
+        except (BadSource, MemoryError):
+            raise
+        except Exception as error:  # whatever pydicom's converters make of a malformed value
+            raise UnsupportedPixels("an attribute of its pixels has no usable value") from error
         _check_samples(header)
         if header.frames > 1 and header.transfer_syntax not in NATIVE:
             tables = (dataset.get("ExtendedOffsetTable"), dataset.get("ExtendedOffsetTableLengths"))
@@ -324,6 +332,7 @@ def read_header(data: memoryview, member: int) -> InstanceHeader:
         raise type(error)(f"instance {instance} of series {series}: {error}", (instance,)) from error.__cause__
 
 
+@_unwarned()
 def identify(head: bytes) -> tuple[str, str, str]:
     """The Study, Series and SOP Instance UID in the first bytes of a file.
 
@@ -337,6 +346,7 @@ def identify(head: bytes) -> tuple[str, str, str]:
     return _uids(dataset)
 
 
+@_unwarned()
 def describe(head: bytes, key: bytes) -> Attributes:
     """What a series can be searched by, from the first bytes of one of its objects. ``key``: 16 to 64 bytes.
 
@@ -363,6 +373,7 @@ def describe(head: bytes, key: bytes) -> Attributes:
     )
 
 
+@_unwarned()
 def dataset_of(data: memoryview, header: InstanceHeader) -> memoryview:
     """What the header's offsets refer to: the object ``data``, or what a deflated one's dataset inflates to.
 
@@ -519,9 +530,7 @@ def _walk(body: _Body, tags: list[int], last: int) -> tuple[_Scan, Any]:
 
 def _parse(source: BytesIO, scan: _Scan, encoding: Encoding, tags: list[int]) -> Any:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dataset = read_dataset(source, encoding.implicit, encoding.little, stop_when=scan, specific_tags=tags)
+        dataset = read_dataset(source, encoding.implicit, encoding.little, stop_when=scan, specific_tags=tags)
     except (EOFError, struct.error) as error:
         raise TruncatedObject("the object ends within an element of its header") from error
     except MemoryError:
@@ -746,9 +755,7 @@ def _check_samples(header: InstanceHeader) -> None:
 def _value(dataset: Any, keyword: str) -> Any:
     """The element's value, which pydicom converts only now, or None. Raises: NotDicom."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return dataset.get(keyword)
+        return dataset.get(keyword)
     except MemoryError:
         raise
     except Exception as error:  # whatever pydicom makes of bytes that are no such value
@@ -767,9 +774,11 @@ def _text(dataset: Any, keyword: str) -> str:
     value = _value(dataset, keyword)
     if value is None:
         return ""
+    if isinstance(value, str):
+        return str(value).strip(" \0")
     if isinstance(value, pydicom.Sequence):  # written out, it would say all that is in it, and of whom
         raise NotDicom(f"{keyword} cannot be read")
-    parts = [value] if isinstance(value, str) or not hasattr(value, "__iter__") else value
+    parts = value if hasattr(value, "__iter__") else [value]
     return "\\".join(str(part).strip(" \0") for part in parts)
 
 

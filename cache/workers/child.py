@@ -220,8 +220,11 @@ def _map(extent: Extent, writable: bool = False, whole: bool = False) -> memoryv
     lead = extent.offset % mmap.ALLOCATIONGRANULARITY
     flags = mmap.MAP_SHARED | (mmap.MAP_POPULATE if whole else 0)
     access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-    with Path(extent.path).open("r+b" if writable else "rb") as file:
-        mapping = mmap.mmap(file.fileno(), lead + extent.nbytes, flags, access, offset=extent.offset - lead)
+    fd = os.open(extent.path, os.O_RDWR if writable else os.O_RDONLY)
+    try:
+        mapping = mmap.mmap(fd, lead + extent.nbytes, flags, access, offset=extent.offset - lead)
+    finally:
+        os.close(fd)
     return memoryview(mapping)[lead:]
 
 
