@@ -8,8 +8,8 @@ import msgspec
 
 from cache.errors import ConfigError
 
-#: The longest pause between two probes, in seconds.
-_MOST_PAUSE_S: Final = 60.0
+#: The longest pause between two probes, by the first.
+_MOST_PAUSES: Final = 64
 
 
 class HealthSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -18,7 +18,7 @@ class HealthSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     deadline_s: seconds that 4 MiB may take: a request waits no longer for a read, and asks the origin instead.
     strikes: reads (or writes) in a row, late or failed, after which the disk is left alone but for probes.
     recovery: good ones in a row after which a slow disk is healthy again.
-    probe_s: seconds from a bad probe to the next; doubled each time, up to a minute.
+    probe_s: seconds from a bad probe to the next; doubled each time, up to 64 times that.
     out_s: seconds without a good probe after which a failing disk counts as out.
     """
 
@@ -97,7 +97,7 @@ class Health:
             self.state = State.OUT
         if now >= self._next_probe:  # one probe that is stuck for long strikes more than once
             self._next_probe = now + self._pause
-            self._pause = min(2 * self._pause, _MOST_PAUSE_S)
+            self._pause = min(2 * self._pause, _MOST_PAUSES * self._settings.probe_s)
 
     def probe_in(self, now: float) -> float:
         """Seconds until the next probe is due, while the disk is left alone."""

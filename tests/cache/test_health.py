@@ -75,7 +75,7 @@ def test_after_a_good_probe_one_strike_is_enough() -> None:
 
 
 def test_probes_become_rarer() -> None:
-    """The pause before a probe doubles up to a minute, and starts anew once one has gone well."""
+    """The pause before a probe doubles up to 64 times the first, and starts anew once one has gone well."""
     health = struck(3)
     pauses = []
     now = 0.0
@@ -83,7 +83,7 @@ def test_probes_become_rarer() -> None:
         pauses.append(health.probe_in(now))
         now += pauses[-1]
         health.bad(now)
-    assert pauses == [1, 2, 4, 8, 16, 32, 60, 60]
+    assert pauses == [1, 2, 4, 8, 16, 32, 64, 64]
     health.good()
     health.bad(now)
     assert health.probe_in(now) == 1
