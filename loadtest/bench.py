@@ -4,8 +4,9 @@
 
 Each runs as a process of its own, with an end: what does not end in time is killed with all that it started, and the
 report says so; the others go on. What misses a bar is profiled. The short forms end within a quarter of an hour,
-whatever becomes of them. ``DIR`` (loadtest/results/DATE) gets each result, the profiles, report.json, report.html and
-summary.svg; the README's summary is made anew.
+whatever becomes of them. A run that is interrupted reports what it has come to. ``DIR`` (loadtest/results/DATE) gets
+each result, the profiles, report.json, report.html and summary.svg; if all have ended, the README's summary is made
+anew.
 Progress goes to stderr; the last line on stdout is JSON.
 """
 
@@ -76,6 +77,7 @@ def bench(options: argparse.Namespace) -> Report:
     results: list[Result] = []
     failures: dict[str, str] = {}
     end = time.monotonic() + (math.inf if options.full else SHORT_S - _END_S)
+    interrupted = False
     for name in wanted:
         file = options.out / f"{name.replace('_', '-')}.json"
         file.unlink(missing_ok=True)
@@ -84,7 +86,11 @@ def bench(options: argparse.Namespace) -> Report:
         start = time.monotonic()
         scenario = SCENARIOS[name]
         limit = min(scenario.full_s if options.full else scenario.short_s, end - start)
-        why = one(f"scenarios.{name}", [*([] if options.full else ["--short"]), "--out", str(file)], limit)
+        arguments = [*([] if options.full else ["--short"]), "--out", str(file)]
+        try:
+            why = "it was not begun" if interrupted else one(f"scenarios.{name}", arguments, limit)
+        except (KeyboardInterrupt, SystemExit):
+            interrupted, why = True, "it was interrupted"
         if file.exists():
             results.append(msgspec.json.decode(file.read_bytes(), type=Result))
             why = "done"
@@ -92,7 +98,7 @@ def bench(options: argparse.Namespace) -> Report:
             failures[shown] = why
         say(f"—— {shown}: {why}, {time.monotonic() - start:.0f} s")
     profiles: list[Profile] = []
-    missed = [bar.name for result in results for bar in result.bars if not bar.ok]
+    missed = [bar.name for result in results for bar in result.bars if not bar.ok and not interrupted]
     for what in sorted({PROFILES[begin] for begin in PROFILES if any(name.startswith(begin) for name in missed)}):
         file = options.out / f"profile-{what}.json"
         file.unlink(missing_ok=True)
@@ -171,7 +177,8 @@ def main() -> int:
     report = bench(options)
     write(report, options.out)
     readme = ROOT / "README.md"
-    if not options.no_readme and END in readme.read_text() and options.out.is_relative_to(ROOT):
+    whole = len(report.results) == len(SCENARIOS)
+    if whole and not options.no_readme and END in readme.read_text() and options.out.is_relative_to(ROOT):
         readme.write_text(put_into(readme.read_text(), summary(report, str(options.out.relative_to(ROOT)))))
     say(f"the report: {options.out / 'report.html'}")
     bars = plain(report.bars)

@@ -97,7 +97,7 @@ class Report(msgspec.Struct, frozen=True):
     commit: str
     machine: Machine
     results: list[Result]
-    failures: dict[str, str] = {}  # scenarios that ended in an error
+    failures: dict[str, str] = {}  # scenarios that gave no result, and why
     profiles: list[Profile] = []
 
     @property

@@ -60,10 +60,7 @@ def page(report: Report) -> str:
         _machine(report.machine),
         "<h2>Bars</h2>",
         _bars(report.bars),
-        *(
-            f'<p class="bad">{escape(name)} ended in an error: {escape(why)}</p>'
-            for name, why in report.failures.items()
-        ),
+        *(f'<p class="bad">{escape(name)} gave no result: {escape(why)}</p>' for name, why in report.failures.items()),
     ]
     parts += _profiles(report.profiles)
     for result in report.results:

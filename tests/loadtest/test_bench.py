@@ -101,6 +101,22 @@ def test_what_misses_a_bar_is_profiled(tmp_path: Path, monkeypatch: pytest.Monke
     assert report.failures == {}
 
 
+def test_what_was_measured_before_an_interrupt_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing more is begun, nor profiled, but an hour's figures are not thrown away."""
+
+    def one(module: str, arguments: list[str], _: float) -> str:
+        if module == "scenarios.ramp":
+            raise SystemExit(143)
+        bars = [at_most("first miss", 2, 1)]
+        Path(arguments[-1]).write_bytes(msgspec.json.encode(Result("compare", "", True, {}, bars=bars)))
+        return "done"
+
+    monkeypatch.setattr(bench, "one", one)
+    report = bench.bench(options(tmp_path, "compare,ramp,restart"))
+    assert [result.scenario for result in report.results] == ["compare"]
+    assert report.failures == {"ramp": "it was interrupted", "restart": "it was not begun"}
+
+
 def test_a_scenario_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It and all that it started."""
     before = set(descendants(os.getpid()))
@@ -224,6 +240,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, number: int) -> None:
     running.stderr.read()
     assert running.wait() != 0
     assert bench._living(place) == [] == list(work.iterdir())
+    assert "burst gave no result: it was interrupted" in (out / "report.html").read_text()
 
 
 @pytest.mark.slow
