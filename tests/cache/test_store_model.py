@@ -455,14 +455,14 @@ class ToldByEvents(StoreMachine):
 def _copy(folder: Path, target: Path) -> None:
     """What a dead process leaves in ``folder``: its files, those that it would have gone on to change as they are."""
     target.mkdir()
-    for path in folder.iterdir():
-        if path.is_dir():
-            (target / path.name).mkdir(mode=0o700)
-            for file in path.iterdir():
-                with contextlib.suppress(FileNotFoundError):  # a thread that has not heard of its death
-                    os.link(file, target / path.name / file.name)
-        else:
-            shutil.copy2(path, target)
+    for path in [*folder.iterdir(), *folder.glob("*/*")]:
+        with contextlib.suppress(FileNotFoundError):  # a thread that has not heard of its death moves or removes it
+            if path.is_dir():
+                (target / path.name).mkdir(mode=0o700)
+            elif path.parent == folder:
+                shutil.copy2(path, target)
+            else:
+                os.link(path, target / path.relative_to(folder))
 
 
 def run(machine: type[StoreMachine], steps: int) -> None:
