@@ -373,14 +373,14 @@ def describe(head: bytes, key: bytes) -> Attributes:
     )
 
 
-@_unwarned()
 def dataset_of(data: memoryview, header: InstanceHeader) -> memoryview:
     """What the header's offsets refer to: the object ``data``, or what a deflated one's dataset inflates to.
 
     Raises: TruncatedObject, NotDicom: ``data`` is not the object that ``header`` was read from.
     """
     if header.transfer_syntax == DEFLATED:
-        data = _Body.of(data).data
+        with _unwarned():
+            data = _Body.of(data).data
     parts = (header.table, *header.palette) if header.table else header.palette
     if len(data) < header.pixel_offset + header.pixel_nbytes or (
         parts and len(data) < max(part.offset + part.nbytes for part in parts)

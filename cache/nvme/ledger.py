@@ -211,8 +211,7 @@ class Ledger:
 
         Raises: TooLarge, AllPinned; nothing has been dropped then.
         """
-        room = self.room()
-        bounds = limits(max(room, 0), self._shares)
+        bounds, room = self._limits(), self.room()
         after = dict(self._used)
         if namespace is not None:
             after[namespace] += need

@@ -206,7 +206,7 @@ class StoreMachine(RuleBasedStateMachine):
     def delete_temporaries(self) -> None:
         for path in self.walk.in_the_making():
             path.unlink(missing_ok=True)
-        self.robbed = True
+            self.robbed = True
 
     @rule()
     def restart(self) -> None:
