@@ -58,7 +58,7 @@ docs: setup ## write the tables of settings, metrics, errors and ops anew
 bench: ## voxcache under load and beside its peers, in under 15 minutes: loadtest/results/DATE/report.html; the last line is JSON
 	@deploy/setup ceph triton redis orthanc bench peers
 	@$(BIN)/python -m loadtest.bench $(ARGS)
-bench-full: ## the same in its long forms, an hour and a half
+bench-full: ## the same in its long forms, an hour and a half; two hours on a slow machine
 	@deploy/setup ceph triton redis orthanc bench peers
 	@$(BIN)/python -m loadtest.bench --full $(ARGS)
 

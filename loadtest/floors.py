@@ -6,6 +6,7 @@ O_DIRECT        the tensor's bytes from the disk that the NVMe tier is on, one a
 concurrent GET  all objects of the series from the bucket into memory, by obstore and by aiohttp, 16 to 64 at a time
 codec alone     all its pixels decoded and rescaled from memory into one array, headers not even looked at
 empty handler   a request to an HTTP handler in the daemon's framework that does nothing
+pages           objects over HTTP from the memory of a server in the daemon's framework that does nothing else
 """
 
 import asyncio
@@ -164,6 +165,15 @@ def empty_handler(place: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "loadtest.handoff", "--empty-handler", str(port)]
     with servers.process(command, place / "empty.log", servers.answers(port, "/readyz")):
         yield f"http://127.0.0.1:{port}/readyz"
+
+
+@contextlib.contextmanager
+def pages(place: Path, folder: Path) -> Iterator[servers.Server]:
+    """A server that sends the files of ``folder`` from its memory."""
+    port = servers.free_port()
+    command = [sys.executable, "-m", "loadtest.pages", str(port), str(folder)]
+    with servers.process(command, place / "pages.log", servers.answers(port, "/readyz")) as running:
+        yield servers.Server(port, running.pid)
 
 
 def round_trips(url: str, count: int) -> list[float]:

@@ -38,6 +38,7 @@ HIT: Final = 100.0
 MISS: Final = 1.3
 #: Objects over HTTP: by nginx from the page cache, for each second of processor time.
 HTTP: Final = 0.5
+NGINX: Final = "nginx, page cache"
 _IN_A_ROW: Final = 3
 
 
@@ -45,7 +46,7 @@ class _Sizes:
     def __init__(self, short: bool, mib: int) -> None:
         self.mib = mib
         self.misses = 3 if short else 5
-        self.hits = 3 if short else 15
+        self.hits = 3 if short else 9
         self.quick_hits = 30 if short else 300
         self.seconds = 1.0 if short else 10.0
 
@@ -303,12 +304,13 @@ def over_http(peers: list[Peer], series: Series, place: Path, sizes: _Sizes) -> 
         pages.mkdir()
         for key, path in series.files.items():
             shutil.copy(path, pages / Path(key).name)
-        (pages.parent / "nginx-pages").mkdir()
-        port, pid = stack.enter_context(nginx(pages.parent / "nginx-pages", pages))
-        base = f"http://127.0.0.1:{port}"
-        ways.append(
-            ("nginx, page cache", [Request("instances", f"{base}/{Path(key).name}") for key in series.files], pid)
-        )
+        (place / "nginx-pages").mkdir()
+        for name, (port, pid) in {
+            NGINX: stack.enter_context(nginx(place / "nginx-pages", pages)),
+            "floor: aiohttp, from memory": stack.enter_context(floors.pages(place, pages)),
+        }.items():
+            base = f"http://127.0.0.1:{port}"
+            ways.append((name, [Request("instances", f"{base}/{Path(key).name}") for key in series.files], pid))
         for name, requests, pid in ways:
             try:
                 run(Load(requests, Closed(8, 1.0, in_order=True)), 1)
@@ -346,7 +348,8 @@ def over_http(peers: list[Peer], series: Series, place: Path, sizes: _Sizes) -> 
         columns,
         rows,
         f"{sizes.seconds:g} s of closed-loop clients on the same machine, every object asked for before. Per "
-        "core-second: requests answered for each second of processor time of the server and its processes.",
+        "core-second: requests answered for each second of processor time of the server and its processes. The floor: "
+        "a handler in the daemon's framework that only sends.",
     )
 
 
@@ -410,8 +413,8 @@ def _bars(hits: dict[str, list[float]], first_miss: dict[str, float], least: flo
     rates = {row[0]: row for row in http.rows}
     if ours in rates:
         bars.append(at_most("errors of objects over HTTP", float(rates[ours][7] or 0), 0))
-    if ours in rates and "nginx, page cache" in rates:
-        mine, theirs = rates[ours][5], rates["nginx, page cache"][5]
+    if ours in rates and NGINX in rates:
+        mine, theirs = rates[ours][5], rates[NGINX][5]
         if isinstance(mine, float) and isinstance(theirs, float):
             bars.append(
                 at_least("objects over HTTP per core-second, by nginx from the page cache", mine / theirs, HTTP)

@@ -2,7 +2,8 @@
 
 The whole volume, decoded, and all slices one by one, in order and at random; from the bucket and from a plain directory
 by a pydicom loop, and from the daemon: NVMe (after a restart), and RAM. Slices from the daemon are instances over HTTP,
-and of those NVMe's first one brings the whole series. Medians of a few turns.
+and of those NVMe's first one brings the whole series. Volumes: medians of a few turns; slices: the mean of all of them,
+once each.
 
     python -m loadtest.scenarios.series_sizes [--short] [--sizes MB,MB] [--out FILE]
 """
@@ -77,13 +78,13 @@ def measured(series: Series, source: Path, bucket: Bucket, ours: Daemon, rounds:
     found: dict[str, list[float | None]] = {
         "bucket": [
             timed(lambda: volume_of(get_all(store, keys)), rounds),
-            timed(lambda: from_bucket(keys), rounds, len(keys)),
-            timed(lambda: from_bucket(mixed), rounds, len(keys)),
+            timed(lambda: from_bucket(keys), 1, len(keys)),
+            timed(lambda: from_bucket(mixed), 1, len(keys)),
         ],
         "directory": [
             timed(lambda: volume_of(read_all([source / key for key in keys])), rounds),
-            timed(lambda: from_directory(keys), rounds, len(keys)),
-            timed(lambda: from_directory(mixed), rounds, len(keys)),
+            timed(lambda: from_directory(keys), 1, len(keys)),
+            timed(lambda: from_directory(mixed), 1, len(keys)),
         ],
     }
     numbers = {key: number for number, key in enumerate(keys)}
@@ -104,19 +105,23 @@ def measured(series: Series, source: Path, bucket: Bucket, ours: Daemon, rounds:
 
     found["first miss"] = [timed(volume, 1), None, None]
     ours.until_written(series.ref)
-    cold: list[list[float]] = [[], [], []]
-    for _ in range(rounds):
-        for column, work in enumerate((volume, lambda: slices(keys), lambda: slices(mixed))):
-            ours.stop()
-            ours.start()
-            cold[column].append(timed(work, 1, 1 if column == 0 else len(keys)))
-    found["NVMe"] = [median(each) for each in cold]
+
+    def cold(work: Callable[[], object], parts: int = 1) -> float:
+        ours.stop()
+        ours.start()
+        return timed(work, 1, parts)
+
+    found["NVMe"] = [
+        median(cold(volume) for _ in range(rounds)),
+        cold(lambda: slices(keys), len(keys)),
+        cold(lambda: slices(mixed), len(keys)),
+    ]
     volume()
     slices(keys)
     found["RAM"] = [
         timed(volume, 10 * rounds),
-        timed(lambda: slices(keys), rounds, len(keys)),
-        timed(lambda: slices(mixed), rounds, len(keys)),
+        timed(lambda: slices(keys), 1, len(keys)),
+        timed(lambda: slices(mixed), 1, len(keys)),
     ]
     return found
 
