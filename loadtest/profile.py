@@ -22,7 +22,7 @@ import msgspec
 
 from .figures import say
 from .generator import Closed, Load, Open, Request, run
-from .outcome import Profile
+from .outcome import ROOT, Profile
 from .scenario import on_signal
 from .stand import MIB, Daemon, daemon, folder, gateway, instances, lease, make_series
 
@@ -58,6 +58,11 @@ def recorded(ours: Daemon, name: str, seconds: float, load: Callable[[], Any], o
             spy.wait()
         if spy.returncode or not file.exists():
             raise RuntimeError(f"py-spy: {said.decode(errors='replace')[-400:]}")
+    # graphs are shown to others, to whom it means nothing where this checkout is
+    drawn = graph.read_text()
+    for path in (out, ours.place, ROOT):
+        drawn = drawn.replace(f"{path}/", "")
+    graph.write_text(drawn)
     own: Counter[str] = Counter()
     for line in raw.read_text().splitlines():
         stack, _, count = line.rpartition(" ")
